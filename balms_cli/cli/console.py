@@ -1,0 +1,115 @@
+"""What people see: everything on stderr, so that stdout holds the result alone.
+
+On a terminal: bars with ETA. Elsewhere: a plain line every few seconds. ``--quiet``: nothing but errors.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..reporter import Reporter, Task
+
+_PLAIN_SECONDS = 5.0
+
+
+def stderr() -> Console:
+    """A console on the stderr of this moment (tests and pipes change it)."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_result(result: dict[str, Any] | str) -> None:
+    """The one thing on stdout: a path on a line, or one JSON object."""
+    text = result if isinstance(result, str) else json.dumps(result, allow_nan=False)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def print_error(message: str) -> None:
+    stderr().print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+def make_reporter(quiet: bool) -> Reporter:
+    return Reporter() if quiet else ConsoleReporter()
+
+
+class ConsoleReporter(Reporter):
+    """Draws what a stage reports with Rich."""
+
+    def __init__(self) -> None:
+        self.console = stderr()
+
+    def note(self, message: str) -> None:
+        self.console.print(escape(message), soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        self.console.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+    def table(self, title: str, columns: list[str], rows: list[list[Any]]) -> None:
+        table = Table(title=escape(title), title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(escape(column), justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(str(cell)) for cell in row))
+        self.console.print(table)
+
+    def bars(self, title: str, labels: list[str], values: list[float], texts: list[str]) -> None:
+        room = max(10, min(60, self.console.width - 4 - max(map(len, labels)) - max(map(len, texts))))
+        top, wide = max(values) or 1, max(map(len, labels))
+        self.console.print(f"[bold]{escape(title)}[/]")
+        for label, value, text in zip(labels, values, texts, strict=True):
+            bar = "█" * max(1, round(room * value / top)) if value > 0 else ""
+            self.console.print(f"{escape(label):>{wide}} [cyan]{bar}[/] {escape(text)}", soft_wrap=True)
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str = "step") -> Iterator[Task]:
+        if not self.console.is_terminal:
+            yield _PlainTask(self.console, description, total, unit)
+            return
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit}s"),
+                   TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}")]  # fmt: skip
+        with Progress(*columns, console=self.console) as progress:
+            yield _BarTask(progress, progress.add_task(description, total=total, metrics=""))
+
+
+def _metrics_text(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name.replace('_per_second', '/s')} {value:.4g}" for name, value in metrics.items())
+
+
+class _BarTask(Task):
+    def __init__(self, progress: Progress, identity: Any) -> None:
+        self.progress, self.identity = progress, identity
+
+    def advance(self, amount: int = 1, **metrics: float) -> None:
+        fields = {"metrics": _metrics_text(metrics)} if metrics else {}
+        self.progress.update(self.identity, advance=amount, **fields)
+
+
+class _PlainTask(Task):
+    """One line every few seconds, and one at the end: a log that stays readable."""
+
+    def __init__(self, console: Console, description: str, total: int, unit: str) -> None:
+        self.console, self.description, self.total, self.unit = console, description, total, unit
+        self.done, self.began, self.said = 0, time.monotonic(), time.monotonic()
+        self.first: int | None = None
+
+    def advance(self, amount: int = 1, **metrics: float) -> None:
+        self.done += amount
+        if self.first is None and amount and metrics == {} and self.done < self.total:
+            self.first = self.done  # a resumed run starts here: its rate counts from this point
+        clock = time.monotonic()
+        if clock - self.said < _PLAIN_SECONDS and self.done < self.total:
+            return
+        self.said, elapsed = clock, clock - self.began
+        fresh = self.done - (self.first or 0)
+        left = elapsed / fresh * (self.total - self.done) if fresh > 0 else 0.0
+        ending = f"{elapsed:.0f} s" if self.done >= self.total else f"{left:.0f} s left"
+        line = f"{self.description}: {self.done}/{self.total} {self.unit}s, {ending}  {_metrics_text(metrics)}"
+        self.console.print(escape(line.rstrip()), soft_wrap=True)

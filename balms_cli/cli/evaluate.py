@@ -1,0 +1,31 @@
+"""``balms evaluate``."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Context, Option
+
+from . import options as o
+from .execute import evaluate
+
+
+def command(
+    ctx: Context,
+    runs: Annotated[list[str] | None, Argument(metavar="RUN...", help="Runs to score side by side, - for stdin "
+                                               "(default: the newest run).")] = None,
+    data: o.Data = None,
+    require: Annotated[str | None, Option(metavar="EXPR", help="Gate such as 'few>=0.30'; exit 6 where it is not met.")] = None,
+    split: Annotated[str | None, Option(help="test, val or train.")] = None,
+    batch_size: o.BatchSize = None,
+    config: o.ConfigFile = None,
+    sets: o.Sets = None,
+    print_config: o.PrintConfig = False,
+    device: o.Device = None,
+    precision: o.Precision = None,
+    workspace: o.Workspace = Path("balms-runs"),
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:  # fmt: skip
+    """Score checkpoints on the test split: overall, many/medium/few-shot, class by class."""
+    evaluate(ctx.params)

@@ -1,0 +1,141 @@
+"""From parsed options to a stage: find the input, resolve the configuration, run, print the result."""
+
+from pathlib import Path
+from typing import Any
+
+from .console import make_reporter, print_result
+
+Params = dict[str, Any]
+
+
+def _resolve(stage: str, params: Params, kind: str | None = None):
+    """Default < preset < file < flag. ``kind``: of data, for stages with presets."""
+    from .. import presets
+    from ..config import STAGES, parse_set, read_file, resolve
+    from ..engine.run_dir import CONFIG
+
+    fields = STAGES[stage].model_fields
+    flags = {k: str(v) if isinstance(v, Path) else v for k, v in params.items() if k in fields and v is not None}
+    path, sets = params.get("config"), parse_set(params.get("sets") or [])
+    if path is not None and path.is_dir():
+        path = path / CONFIG
+    values, preset = read_file(path, stage) if path else ({}, None)
+    chosen = None
+    if kind is not None:
+        name = params.get("preset") or preset
+        device = {**values, **sets, **flags}.get("device", "auto")
+        chosen = presets.choose(stage, kind, name, on_gpu=name is None and _on_gpu(device))
+    return resolve(stage, preset=chosen, file=(path, values) if path else None, flags=flags, sets=sets)
+
+
+def _on_gpu(device: str) -> bool:
+    from ..engine.runtime import pick_device
+
+    return pick_device(device).type != "cpu"
+
+
+def make_lt(params: Params) -> None:
+    resolved = _resolve("make-lt", params)
+    if params["print_config"]:
+        return print_result(resolved.to_toml().rstrip())
+    from ..stages.make_lt import run
+
+    result = run(resolved.config, params["workspace"], make_reporter(params["quiet"]), out=params["out"],
+                 overwrite=params["overwrite"], dry_run=params["dry_run"])  # fmt: skip
+    if params["dry_run"]:
+        return None
+    return print_result(result.to_json() if params["json"] else str(result.path))
+
+
+def train_stage(stage: str, params: Params) -> None:
+    """pretrain, retrain and meta-sample: a new run, or ``--resume``."""
+    from . import inputs
+
+    reporter = make_reporter(params["quiet"])
+    if params["resume"] is not None:
+        return _resume(stage, params, reporter)
+    from .. import presets
+    from ..engine.run_dir import new_run
+
+    parent = None
+    if stage == "pretrain":
+        manifest = inputs.find_manifest(params["data"], params["workspace"], reporter)
+    else:
+        from ..engine.header import read_header
+        from ..engine.run_dir import manifest_of
+
+        argument = params["run"]
+        parent = inputs.find_checkpoints([argument] if argument else None, params["workspace"], ("pretrain",), reporter)[0]
+        manifest = manifest_of(parent, read_header(parent), params["data"])
+    resolved = _resolve(stage, params, presets.kind_of_data(manifest.source["name"], tuple(manifest.image_size)))
+    if params["print_config"]:
+        return print_result(resolved.to_toml().rstrip())
+    from ..stages.plan import run_label, show_plan
+
+    folder = new_run(stage, run_label(resolved, manifest), workspace=params["workspace"], out=params["out"],
+                     overwrite=params["overwrite"])  # fmt: skip
+    reporter.note(f"preset {resolved.preset}; {sum(s != 'default' for s in resolved.sources.values())} values set by preset, "
+                  f"file or flag; all of them: --print-config, or {folder.path}/config.toml")  # fmt: skip
+    if params["dry_run"]:
+        return show_plan(resolved, manifest, parent, folder, reporter)
+    return _run(stage, resolved, manifest, parent, folder, reporter, params, resume=False)
+
+
+def _resume(stage: str, params: Params, reporter) -> None:
+    """Everything comes from the run's own folder, so any other training option is refused."""
+    from ..config import STAGES
+    from ..data.manifest import Manifest
+    from ..engine.run_dir import check_unchanged, open_run
+    from ..errors import ConfigError
+
+    given = [k for k in (*STAGES[stage].model_fields, "config", "preset", "out", "data", "run") if params.get(k) is not None]
+    given += [k for k in ("sets", "overwrite", "dry_run", "print_config") if params.get(k)]
+    if given:
+        names = ", ".join("--" + k.replace("_", "-").replace("sets", "set") for k in given)
+        raise ConfigError(f"--resume goes on with the run as it was configured and takes no other training option (given: {names})")
+    folder, resolved, record = open_run(params["resume"], stage)
+    if folder.complete(stage):
+        reporter.note(f"{folder.path} is complete: nothing to resume")
+        return print_result(str(folder.path))
+    manifest = Manifest.load(record["manifest"])
+    parent = Path(record["parent"]) if "parent" in record else None
+    check_unchanged(folder, record, manifest, parent)
+    config = resolved.config.model_copy(update={"device": record["device"], "precision": record["precision"]})
+    resolved = type(resolved)(stage, config, resolved.sources, resolved.preset)
+    return _run(stage, resolved, manifest, parent, folder, reporter, params, resume=True)
+
+
+def _run(stage: str, resolved, manifest, parent, folder, reporter, params: Params, *, resume: bool) -> None:
+    from ..stages import meta_sample, pretrain, retrain
+
+    if stage == "pretrain":
+        result = pretrain.run(resolved, manifest, folder, reporter, resume=resume, offline=bool(params.get("offline")))
+    else:
+        stage_run = retrain.run if stage == "retrain" else meta_sample.run
+        result = stage_run(resolved, parent, manifest, folder, reporter, resume=resume)
+    print_result(result.to_json() if params["json"] else str(result.path))
+
+
+def evaluate(params: Params) -> None:
+    from . import inputs
+
+    reporter = make_reporter(params["quiet"])
+    resolved = _resolve("evaluate", params)
+    if params["print_config"]:
+        return print_result(resolved.to_toml().rstrip())
+    files = inputs.find_checkpoints(params["runs"], params["workspace"], ("retrain", "pretrain"), reporter)
+    from ..stages.evaluate import hold_gate, run
+
+    evaluation = run(resolved.config, files, params["data"], reporter)
+    if params["json"]:
+        print_result(evaluation.to_json())
+    else:
+        print_result("\n".join(result["run"] for result in evaluation.runs))
+    return hold_gate(resolved.config, evaluation)
+
+
+def demo(params: Params) -> None:
+    from ..stages.demo import run
+
+    result = run(params["workspace"], params["seed"] or 0, make_reporter(params["quiet"]))
+    print_result(result.to_json() if params["json"] else str(result.path))

@@ -1,0 +1,67 @@
+"""Options that several subcommands share, each said once. ``None`` means: not given, so preset, file or default decide."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+_OUTPUT, _RECIPE, _RUN = "Output", "Recipe", "Run"
+
+
+def _complete(*words: str):
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+def _turn_on_debug(value: bool) -> bool:
+    if value:
+        os.environ["BALMS_DEBUG"] = "1"
+    return value
+
+
+Workspace = Annotated[Path, Option(envvar="BALMS_WORKSPACE", help="Where manifests and runs are kept.", rich_help_panel=_OUTPUT)]
+Out = Annotated[Path | None, Option(help="Folder of the result (default: a new one in the workspace).", rich_help_panel=_OUTPUT)]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier result in --out.", rich_help_panel=_OUTPUT)]
+Json = Annotated[bool, Option("--json", help="Print one JSON object instead of the path.", rich_help_panel=_OUTPUT)]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Nothing on stderr but errors.", rich_help_panel=_OUTPUT)]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.", callback=_turn_on_debug, rich_help_panel=_OUTPUT)]
+DryRun = Annotated[bool, Option("--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel=_OUTPUT)]
+
+ConfigFile = Annotated[Path | None, Option("--config", help="TOML file with a table for this stage.", rich_help_panel=_RECIPE)]
+Sets = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any value of the configuration; repeatable.",
+                                          rich_help_panel=_RECIPE)]  # fmt: skip
+PrintConfig = Annotated[bool, Option("--print-config", help="Print the resolved configuration as TOML and stop.",
+                                     rich_help_panel=_RECIPE)]  # fmt: skip
+Preset = Annotated[str | None, Option(help="quick, paper or general (default: quick on a CPU).",
+                                      autocompletion=_complete("quick", "paper", "general"), rich_help_panel=_RECIPE)]  # fmt: skip
+Seed = Annotated[int | None, Option(help="Seed of everything random (default 0).", rich_help_panel=_RECIPE)]
+Steps = Annotated[int | None, Option(help="Optimizer steps.", rich_help_panel=_RECIPE)]
+Epochs = Annotated[float | None, Option(help="Passes over the training images (instead of --steps).", rich_help_panel=_RECIPE)]
+BatchSize = Annotated[int | None, Option(help="Images a step.", rich_help_panel=_RECIPE)]
+Lr = Annotated[float | None, Option(help="Peak learning rate.", rich_help_panel=_RECIPE)]
+Loss = Annotated[str | None, Option(help="softmax, balanced or balanced-sigmoid.",
+                                    autocompletion=_complete("softmax", "balanced", "balanced-sigmoid"))]  # fmt: skip
+LossExponent = Annotated[float | None, Option(help="tau of Balanced Softmax: logits + tau log n (default 1).")]
+Sampler = Annotated[str | None, Option(help="instance, class (CBS), square-root, progressive, or a rates.json.",
+                                       autocompletion=_complete("instance", "class", "square-root", "progressive"))]  # fmt: skip
+
+Device = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 ...", autocompletion=_complete("auto", "cpu", "cuda"),
+                                      rich_help_panel=_RUN)]  # fmt: skip
+Precision = Annotated[str | None, Option(help="auto, fp32 or bf16.", autocompletion=_complete("auto", "fp32", "bf16"),
+                                         rich_help_panel=_RUN)]  # fmt: skip
+Offline = Annotated[bool | None, Option("--offline", help="Never download (also BALMS_OFFLINE=1).", rich_help_panel=_RUN)]
+Resume = Annotated[Path | None, Option(metavar="RUN", help="Go on with an interrupted run; takes no other training option.",
+                                       rich_help_panel=_RUN)]  # fmt: skip
+
+Checkpoint = Annotated[str | None, Argument(metavar="RUN", help="A run's folder or its model.safetensors, - for stdin "
+                                            "(default: the newest fitting run of the workspace).")]  # fmt: skip
+Data = Annotated[Path | None, Option(help="Another manifest than the checkpoint's own.")]
+
+MetaEstimator = Annotated[str | None, Option(help="class (B x C), image (the text's own, B x N) or expected.",
+                                             autocompletion=_complete("class", "image", "expected"))]  # fmt: skip
+GumbelTemperature = Annotated[float | None, Option(help="Temperature of the relaxed draw (default 1).")]
+Hypergradient = Annotated[str | None, Option(help="closed-form, jvp or higher: the same number at another cost.",
+                                             autocompletion=_complete("closed-form", "jvp", "higher"))]  # fmt: skip
+MetaSet = Annotated[str | None, Option(help="Where meta images come from: train, or the held-out meta split.")]
+FeatureMode = Annotated[str | None, Option("--features", help="bank (computed once) or online (anew every step).")]
+Views = Annotated[int | None, Option(help="Augmented views of every image in the feature bank.")]

@@ -1,0 +1,44 @@
+"""``balms pretrain``."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Context, Option
+
+from . import options as o
+from .execute import train_stage
+
+
+def command(
+    ctx: Context,
+    data: Annotated[str | None, Argument(metavar="DATA", help="A manifest, - for stdin (default: the newest).")] = None,
+    loss: o.Loss = None,
+    loss_exponent: o.LossExponent = None,
+    sampler: o.Sampler = None,
+    backbone: Annotated[str | None, Option(help="resnet32 (CIFAR), or any torchvision classifier: resnet18, vit_b_16 ...")] = None,
+    weights: Annotated[str | None, Option(help="Start from a weights file, or 'imagenet' (torchvision's).")] = None,
+    frozen: Annotated[bool | None, Option("--frozen", help="Take the backbone as it is; train nothing here.")] = None,
+    image_size: Annotated[int | None, Option(help="Pixels a side fed to the network.")] = None,
+    preset: o.Preset = None,
+    steps: o.Steps = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    lr: o.Lr = None,
+    seed: o.Seed = None,
+    config: o.ConfigFile = None,
+    sets: o.Sets = None,
+    print_config: o.PrintConfig = False,
+    device: o.Device = None,
+    precision: o.Precision = None,
+    offline: o.Offline = None,
+    resume: o.Resume = None,
+    workspace: o.Workspace = Path("balms-runs"),
+    out: o.Out = None,
+    overwrite: o.Overwrite = False,
+    dry_run: o.DryRun = False,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Stage 1: train the backbone (by default with softmax on instance-balanced batches)."""
+    train_stage("pretrain", ctx.params)

@@ -1,0 +1,246 @@
+"""One strict model a stage: every value has a unit or meaning, a default, and a remembered source.
+
+Values come from four layers, later ones winning: default < preset < file (``--config``) < flag (options and ``--set``).
+``resolve`` merges them, refuses unknown keys with a suggestion, and says where each value came from.
+This module is a leaf: it knows nothing of torch, so that a mistake is told before anything heavy is imported.
+"""
+
+import difflib
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+
+LossName = Literal["softmax", "balanced", "balanced-sigmoid"]
+SAMPLERS = ("instance", "class", "square-root", "progressive")
+Estimator = Literal["class", "image", "expected"]
+Hypergradient = Literal["closed-form", "jvp", "higher"]
+Augmentation = Literal["crop", "flip", "cutout"]
+
+
+class StageConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class MakeLTConfig(StageConfig):
+    """``balms make-lt``: from a source of images to a long-tailed manifest."""
+
+    source: str = Field("digits", description="cifar10, cifar100, digits, a folder, or a list file of 'path label' lines")
+    imbalance: float | None = Field(None, ge=1, description="imbalance factor: largest class count / smallest")
+    profile: Literal["exponential", "step"] = Field("exponential", description="shape of the tail (exponential: the paper's)")
+    as_is: bool = Field(False, description="keep every image: the data is long-tailed by nature")
+    head_size: int | None = Field(None, ge=1, description="images of the largest class (default: all it has)")
+    seed: int = Field(0, ge=0, description="which images of a class are kept")
+    val_per_class: int = Field(0, ge=0, description="images a class cut for validation before the tail is made")
+    meta_per_class: int = Field(0, ge=0, description="images a class cut for a meta set before the tail is made")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="share of a class used as test where the source has no test split")
+    skip_bad: bool = Field(False, description="leave out missing and unreadable images, and record them")
+    check: bool = Field(True, description="decode every image of a folder or list once, to find unreadable ones now")
+    data_root: str | None = Field(None, description="where known data sets lie on disk (else BALMS_DATA, else the cache)")
+    offline: bool = Field(False, description="never download")
+
+
+class RunConfig(StageConfig):
+    """What every stage that computes has in common."""
+
+    seed: int = Field(0, ge=0, description="initial weights, order of the batches, augmentation")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the processor computes in it")
+
+
+class TrainConfig(RunConfig):
+    """Optimisation: SGD with momentum under a linear warm-up and a cosine to zero, both pure functions of the step."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps (instead of epochs)")
+    epochs: float | None = Field(None, gt=0, description="passes over the training images (instead of steps)")
+    batch_size: int = Field(512, ge=1, description="images a step")
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from warmup_lr to lr")
+    warmup_lr: float = Field(0.0, ge=0, description="learning rate of the first warm-up step")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum")
+    nesterov: bool = Field(True, description="Nesterov momentum")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty, on every trained parameter")
+    sampler: str = Field("instance", description="instance, class, square-root, progressive, or a rates.json")
+    loss: LossName = Field("softmax", description="training loss")
+    loss_exponent: float = Field(1.0, ge=0, description="tau of Balanced Softmax: logits + tau log n (1/4: Corollary 2.1)")
+    checkpoint_seconds: float = Field(60.0, gt=0, description="seconds between writes of resume.pt")
+    deterministic: bool = Field(False, description="deterministic algorithms (always so on a CPU)")
+
+    @model_validator(mode="after")
+    def _check_length_and_sampler(self) -> "TrainConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        if self.sampler not in SAMPLERS and not self.sampler.endswith(".json"):
+            raise ValueError(f"sampler '{self.sampler}' is unknown; {suggest(self.sampler, SAMPLERS)} (or a rates.json)")
+        return self
+
+
+class PretrainConfig(TrainConfig):
+    """``balms pretrain``: representation learning, stage 1."""
+
+    steps: int | None = Field(2000, ge=1, description="optimizer steps (instead of epochs)")
+    backbone: str = Field("resnet32", description="resnet20/32/44/56 (CIFAR), convnet (tiny), or a torchvision classifier")
+    weights: str | None = Field(None, description="initial weights: a file, or 'imagenet' (torchvision's)")
+    frozen: bool = Field(False, description="take the backbone as it is: nothing is trained in stage 1")
+    image_size: int = Field(32, ge=8, le=1024, description="pixels a side fed to the network")
+    augment: list[Augmentation] = Field(["crop", "flip", "cutout"], description="training augmentation, in this order")
+    compile: bool = Field(False, description="torch.compile the backbone (about a minute of start-up)")
+
+
+class RetrainConfig(TrainConfig):
+    """``balms retrain``: decoupled classifier training on a fixed feature extractor, stage 2."""
+
+    loss: LossName = Field("balanced", description="training loss")
+    steps: int | None = Field(2000, ge=1, description="optimizer steps (instead of epochs)")
+    meta_sampler: bool = Field(False, description="learn the class sample rates by meta-learning (BALMS)")
+    meta_reweigher: bool = Field(False, description="learn class weights by meta-learning")
+    meta_estimator: Estimator = Field("class", description="gradient estimator of the meta sampler")
+    gumbel_temperature: float = Field(1.0, gt=0, description="temperature of the relaxed draw (eq 79)")
+    weight_norm: Literal["mean", "none"] = Field("mean", description="meta reweigher: weights of mean 1 in a batch, or raw")
+    hypergradient: Hypergradient = Field("closed-form", description="how the bi-level step is computed: same number, other cost")
+    meta_lr: float = Field(0.01, gt=0, description="Adam's learning rate on the class rates")
+    meta_betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's betas on the class rates")
+    meta_batch_size: int = Field(512, ge=1, description="class-balanced images that the meta loss sees a step")
+    meta_set: Literal["train", "meta"] = Field("train", description="where meta images come from: train, or the held-out meta split")
+    features: Literal["bank", "online"] = Field("bank", description="bank: features computed once; online: anew every step")
+    views: int = Field(4, ge=1, description="augmented views of every image in the feature bank")
+    class_rows: int = Field(256, ge=0, description="rows in the bank that a class has at least: more views of rare images")
+    augment: bool = Field(True, description="augment the views as stage 1 did (false: one plain view an image)")
+
+    @model_validator(mode="after")
+    def _check_meta(self) -> "RetrainConfig":
+        if self.meta_sampler and self.meta_reweigher:
+            raise ValueError("--meta-sampler and --meta-reweigher exclude each other: one learns rates, the other weights")
+        if self.meta_sampler and self.sampler != "instance":
+            raise ValueError("--meta-sampler draws the batches itself: leave out --sampler")
+        return self
+
+
+class MetaSampleConfig(RetrainConfig):
+    """``balms meta-sample``: the meta sampler alone; writes the class rates that it learned."""
+
+    meta_sampler: Literal[True] = Field(True, description="always on here")
+
+
+class EvaluateConfig(RunConfig):
+    """``balms evaluate``: the test split, read here and nowhere else."""
+
+    split: Literal["test", "val", "train"] = Field("test", description="which split is scored")
+    batch_size: int = Field(512, ge=1, description="images a forward pass")
+    require: str | None = Field(None, description="a gate such as 'few>=0.30': exit 6 where it is not met")
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "make-lt": MakeLTConfig, "pretrain": PretrainConfig, "retrain": RetrainConfig,
+    "meta-sample": MetaSampleConfig, "evaluate": EvaluateConfig,
+}  # fmt: skip
+
+C = TypeVar("C", bound=StageConfig)
+
+# A layer that sets one of a pair takes back what an earlier layer said of the other.
+_EXCLUSIVE = {"steps": "epochs", "epochs": "steps"}
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[C]):
+    """A validated configuration, and for every key the layer its value came from."""
+
+    stage: str
+    config: C
+    sources: dict[str, str]
+    preset: str | None = None
+
+    def to_toml(self, run: dict[str, Any] | None = None) -> str:
+        """The dump that ``--config`` reads back: the stage's table, a source a key, and the run's provenance."""
+        values = {k: v for k, v in self.config.model_dump(mode="json").items() if v is not None}
+        document: dict[str, Any] = {"preset": self.preset} if self.preset else {}
+        document |= {self.stage: values, "source": {k: self.sources[k] for k in values}}
+        return tomli_w.dumps(document | ({"run": run} if run else {}))
+
+
+def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """A clause that helps with a mistyped word: the nearest known one, or all of them."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+
+
+def parse_set(pairs: list[str]) -> dict[str, Any]:
+    """``--set key=value`` into typed values: the value is read as TOML, or taken as text where it is not TOML."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {pair!r}: write it as key=value")
+        try:
+            values[key.strip()] = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            values[key.strip()] = text.strip()
+    return values
+
+
+def read_file(path: Path, stage: str) -> tuple[dict[str, Any], str | None]:
+    """The table of ``stage`` in a TOML file, and the file's preset. Tables of other stages are left alone."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    preset = document.pop("preset", None)
+    for key, value in document.items():
+        if key in ("source", "run") or (key in STAGES and isinstance(value, dict)):
+            continue
+        if key.replace("-", "_") in STAGES[stage].model_fields:
+            raise ConfigError(f"{path}: '{key}' stands outside a table; put it under [{stage}]")
+        raise ConfigError(f"{path}: unknown table or key '{key}'; {suggest(key, [*STAGES, 'preset'])}")
+    return document.get(stage, {}), preset
+
+
+def resolve(
+    stage: str,
+    *,
+    preset: tuple[str, dict[str, Any]] | None = None,
+    file: tuple[Path, dict[str, Any]] | None = None,
+    flags: dict[str, Any] | None = None,
+    sets: dict[str, Any] | None = None,
+) -> Resolved:
+    """Merge the layers for ``stage`` and validate. All mistakes are told at once, a clause each, in one line.
+
+    Raises: ConfigError (exit 2) for unknown keys and for values of the wrong type or range.
+    """
+    model = STAGES[stage]
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    layers = [("flag", flags or {}), ("flag --set", sets or {})]
+    if file:
+        layers.insert(0, (f"file {file[0].name}", file[1]))
+    if preset:
+        layers.insert(0, (f"preset {preset[0]}", preset[1]))
+    unknown: list[str] = []
+    for name, layer in layers:
+        for key, value in layer.items():
+            key = key.replace("-", "_")
+            if key not in model.model_fields:
+                unknown.append(f"unknown key '{key}' ({name}); {suggest(key, list(model.model_fields))}")
+                continue
+            values[key], sources[key] = value, name
+            if other := _EXCLUSIVE.get(key) if value is not None else None:
+                values[other], sources[other] = None, name
+    if unknown:
+        raise ConfigError("; ".join(unknown))
+    try:
+        config = model(**values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e, sources) for e in error.errors())) from None
+    return Resolved(stage, config, {k: sources.get(k, "default") for k in model.model_fields}, preset[0] if preset else None)
+
+
+def _explain(error: Any, sources: dict[str, str]) -> str:
+    """One pydantic error as one clause: the key, what is wrong, what was given, and by which layer."""
+    if not error["loc"]:  # a rule about several keys, which says it all
+        return error["msg"].removeprefix("Value error, ")
+    key = str(error["loc"][0])
+    return f"{key}: {error['msg'].removeprefix('Input ')}, got {error['input']!r} ({sources.get(key, 'default')})"

@@ -1,0 +1,205 @@
+"""Pixels of a manifest's images as one uint8 array; and the check that finds unreadable images."""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import DataError
+from ..reporter import Reporter
+from . import known
+from .aside import name_some, printable
+from .decode import BadImage, fit, open_image, quiet_pillow, read_image
+from .folders import is_inside
+from .manifest import Manifest, Split
+from .sources import Source
+
+_MEMORY_SHARE = 0.5  # of the memory that is free, what one array of pixels may take
+_BATCH = 64  # images between two movements of the bar
+
+
+def load_pixels(
+    manifest: Manifest, split: str, size: int, reporter: Reporter | None = None, *, threads: int | None = None
+) -> np.ndarray:
+    """Pixels of a split, in the order of its index: uint8 [N, 3, size, size], RGB.
+
+    The shorter side is resized to ``size`` (bicubic, antialiased) and the centre cropped; an image that is ``size`` x
+    ``size`` is left as it is, bit for bit. ``threads``: decoders (default: one a processor, 8 at most).
+    Raises: DataError for unreadable images (all of them are named or counted), for a missing source, or where the array
+    would take more than half of the free memory.
+    """
+    if split not in manifest.splits:
+        raise DataError(f"{manifest.name} has no split '{split}'; it has {', '.join(manifest.splits)}")
+    part, reporter = manifest.splits[split], reporter or Reporter()
+    _check_memory(len(part), size)
+    readers = {"digits": _load_digits, "cifar": _load_cifar}
+    if manifest.source["kind"] in readers:
+        return readers[manifest.source["kind"]](manifest, part, size)
+    return _load_files(manifest, part, split, size, reporter, threads)
+
+
+def _load_files(
+    manifest: Manifest, part: Split, split: str, size: int, reporter: Reporter, threads: int | None
+) -> np.ndarray:
+    root = Path(manifest.source["root"])
+    if not root.is_dir():
+        raise DataError(f"the images' folder {root} is gone; bring it back, or run balms make-lt on its new place")
+    pixels = np.empty((len(part), 3, size, size), dtype=np.uint8)
+    real_root = os.path.realpath(root)
+
+    def read(i: int) -> str | None:
+        try:
+            pixels[i] = read_image(_inside(real_root, part.keys[i]), size)
+        except BadImage as error:
+            return str(error)
+        return None
+
+    bad = _for_all(read, range(len(part)), reporter, f"reading {split} images", threads)
+    if bad:
+        raise DataError(_bad_message([(part.keys[i], reason) for i, reason in bad], len(part)))
+    return pixels
+
+
+def check_images(
+    source: Source, reporter: Reporter | None = None, *, threads: int | None = None
+) -> list[tuple[str, str]]:
+    """Decode every image of a folder or list source once, in full. Returns: (key, reason) of the bad ones, in order."""
+    keys = list(dict.fromkeys(key for key, _ in source.train + (source.test or [])))
+    real_root = os.path.realpath(source.root)
+
+    def read(i: int) -> str | None:
+        try:
+            read_image(_inside(real_root, keys[i]), None)
+        except BadImage as error:
+            return str(error)
+        return None
+
+    bad = _for_all(read, range(len(keys)), reporter or Reporter(), "checking images", threads)
+    return [(keys[i], reason) for i, reason in bad]
+
+
+def refuse_bad(bad: list[tuple[str, str]], total: int) -> None:
+    """Raises: DataError that names the bad images, if there are any."""
+    if bad:
+        raise DataError(_bad_message(bad, total))
+
+
+def _bad_message(bad: list[tuple[str, str]], total: int) -> str:
+    named = name_some([f"{printable(key)} ({reason})" for key, reason in bad])
+    return f"{len(bad)} of {total} images cannot be read: {named}; balms make-lt --skip-bad leaves them out"
+
+
+def median_size(source: Source, sample: int = 200) -> list[int]:
+    """Median [width, height] in pixels of up to ``sample`` training images, evenly spaced; reads headers only."""
+    if source.kind == "digits":
+        return [8, 8]
+    if source.kind == "cifar":
+        return [32, 32]
+    keys = [key for key, _ in source.train]
+    picked = [keys[i] for i in np.linspace(0, len(keys) - 1, min(sample, len(keys))).astype(int)]
+    sizes = []
+    with quiet_pillow():
+        for key in picked:
+            try:
+                with open_image(os.path.join(source.root, key)) as image:
+                    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                    sizes.append(image.size[::-1] if turned else image.size)
+            except Exception:
+                continue  # an unreadable one: what it means is check_images' business
+    return [int(x) for x in np.median(sizes, axis=0)] if sizes else [0, 0]
+
+
+def _inside(real_root: str, key: str) -> str:
+    """The path of a key. Raises: BadImage where a link leads out of the root (the manifest may be a stranger's)."""
+    path = os.path.join(real_root, key)
+    if not is_inside(os.path.realpath(path), real_root):
+        raise BadImage("a link that leaves the folder")
+    return path
+
+
+def _for_all(
+    read: Callable[[int], str | None], items: Iterable[int], reporter: Reporter, title: str, threads: int | None
+) -> list[tuple[int, str]]:
+    """``read`` for all items in a pool (Pillow's decoders release the GIL). Returns: (item, reason) of the bad ones."""
+    items = list(items)
+    bad: list[tuple[int, str]] = []
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = threads or min(8, processors)
+    with quiet_pillow(), ThreadPoolExecutor(workers) as pool, reporter.task(title, len(items), unit="image") as task:
+        try:
+            for done, (item, reason) in enumerate(zip(items, pool.map(read, items), strict=True), 1):
+                if reason is not None:
+                    bad.append((item, reason))
+                if done % _BATCH == 0 or done == len(items):
+                    task.advance(_BATCH if done % _BATCH == 0 else done % _BATCH)
+        except BaseException:  # Ctrl-C: do not decode the rest first
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return bad
+
+
+def _load_digits(manifest: Manifest, part: Split, size: int) -> np.ndarray:
+    """scikit-learn's digits: 8x8 values 0..16, scaled to 0..255, resized bilinearly, gray repeated."""
+    from sklearn.datasets import load_digits
+
+    small = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+    pixels = np.empty((len(part), 3, size, size), dtype=np.uint8)
+    for i, key in enumerate(part.keys):
+        number = key.removeprefix("digit-")
+        if not (number.isascii() and number.isdigit() and 1 <= int(number) <= len(small)):
+            raise DataError(f"{manifest.name}: '{printable(key)}' is not an image of the digits")
+        image = Image.fromarray(small[int(number) - 1]).convert("RGB")
+        pixels[i] = fit(image, size, Image.Resampling.BILINEAR)
+    return pixels
+
+
+def _load_cifar(manifest: Manifest, part: Split, size: int) -> np.ndarray:
+    """CIFAR from the official batches; a split may mix images of both parts, so both are read where needed."""
+    archive = known.ARCHIVES.get(manifest.source["name"])
+    if archive is None:
+        raise DataError(f"{manifest.name}: no such official set: '{manifest.source['name']}'")
+    wanted = {key: i for i, key in enumerate(part.keys)}
+    pixels = np.empty((len(part), 3, size, size), dtype=np.uint8)
+    filled = 0
+    for source_part in sorted({key.partition("/")[0] for key in part.keys} & {"train", "test"}):
+        for keys, _, images in known.read_batches(archive, Path(manifest.source["root"]), source_part):
+            for row, key in enumerate(keys):
+                if (i := wanted.get(key)) is not None:
+                    image = images[row]
+                    pixels[i] = image if size == 32 else fit(Image.fromarray(image.transpose(1, 2, 0)), size)
+                    filled += 1
+    if filled < len(part):
+        root = manifest.source["root"]
+        raise DataError(f"{manifest.name}: {len(part) - filled} of {len(part)} images are not in {root}")
+    return pixels
+
+
+def _check_memory(count: int, size: int) -> None:
+    needed, free = count * 3 * size * size, available_memory()
+    if free is not None and needed > _MEMORY_SHARE * free:
+        raise DataError(
+            f"{count} images at {size} px take {needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB "
+            f"that are free: lower --image-size"
+        )
+
+
+def available_memory() -> int | None:
+    """Memory that can be taken now, in bytes: what the system has free, within the container's limit. None: unknown."""
+    amounts = []
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        amounts.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))
+        amounts.append(max(limit - used, 0))
+    except (OSError, ValueError):  # no limit is written 'max'
+        pass
+    return min(amounts, default=None)

@@ -1,0 +1,76 @@
+"""Weights in and out: ``model.safetensors`` (complete, for the next stage) and ``resume.pt`` (to go on with this one)."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from ..errors import CheckpointError
+from ..models.backbones import build_backbone
+from ..models.classifiers import Classifier, linear_head
+from .header import Header, read_header
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write aside, then move into place: a reader sees the old file or the new one, never half of one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def save_model(path: Path, model: Classifier, header: Header) -> None:
+    """Weights and header as one safetensors file."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    write_bytes(path, save(tensors, metadata=header.to_metadata()))
+
+
+def load_model(path: Path) -> tuple[Classifier, Header]:
+    """A checkpoint's network, in eval mode on the CPU, and its header. Raises CheckpointError (exit 4)."""
+    header = read_header(path)
+    try:
+        tensors = load(path.read_bytes())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    # The file decides how large a network is built, so its own tensors must bear its header out first.
+    head = tensors.get("head.weight")
+    if head is None or tuple(head.shape) != (len(header.classes), header.feature_dim):
+        raise CheckpointError(f"{path}: the classifier's weights do not fit {len(header.classes)} classes x "
+                              f"{header.feature_dim} features")  # fmt: skip
+    backbone = build_backbone(header.backbone, header.image_size)
+    model = Classifier(backbone, linear_head(header.feature_dim, len(header.classes)))
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not hold a {header.backbone}: {str(error).splitlines()[1].strip()}") from None
+    return model.eval(), header
+
+
+def save_resume(path: Path, state: dict[str, Any]) -> None:
+    """Tensors, dicts and plain types only, so that it loads with ``weights_only=True``."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def load_resume(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError (exit 4) for a missing, damaged or foreign file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no resume.pt: it was stopped before its first checkpoint; start anew") from None
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
+        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0][:120]}") from None
+    if not isinstance(state, dict) or "step" not in state or "parts" not in state:
+        raise CheckpointError(f"{path} was not written by balms")
+    return state

@@ -1,0 +1,54 @@
+"""The learning rate as a pure function of the step, and a step that never spoils the weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TrainConfig
+from ..errors import DivergedError
+
+
+def learning_rate(step: int, steps: int, *, peak: float, warmup_steps: int = 0, warmup_lr: float = 0.0) -> float:
+    """Linear from ``warmup_lr`` to ``peak`` over ``warmup_steps``, then a half cosine that would reach 0 at ``steps``.
+
+    Loshchilov and Hutter (ICLR 2017) without restarts; ``step`` counts from 0.
+    """
+    if step < warmup_steps:
+        return warmup_lr + (peak - warmup_lr) * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.5 * peak * (1 + math.cos(math.pi * progress))
+
+
+def make_sgd(module: nn.Module, config: TrainConfig) -> torch.optim.SGD:
+    """SGD with momentum over every parameter that asks for a gradient (fused: one kernel for all of them)."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+                           nesterov=config.nesterov and config.momentum > 0, fused=True)  # fmt: skip
+
+
+class Guard:
+    """Takes optimizer steps for as long as the loss is finite.
+
+    On a CPU a bad loss raises at once. On a GPU asking would stall the queue every step, so the fused optimizers are
+    handed a flag on the device that turns this step and all later ones into no-ops, and ``check`` asks now and then.
+    """
+
+    def __init__(self, device: torch.device):
+        self.bad = torch.zeros((), device=device)
+        self.step_now = 0
+
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        """One optimizer step, unless ``loss`` (any shape) is not finite or an earlier one was not."""
+        self.bad = torch.maximum(self.bad, 1 - torch.isfinite(loss.detach()).all().float())
+        if self.bad.device.type == "cpu":
+            self.check()
+        else:
+            optimizer.found_inf = self.bad
+        optimizer.step()
+
+    def check(self) -> None:
+        """Raises DivergedError (exit 5) when a loss was not finite."""
+        if self.bad.item():
+            raise DivergedError(f"the loss is not finite by step {self.step_now}; the last checkpoint is whole. "
+                                "Lower --lr, lengthen --set warmup_steps=..., or look for broken images")  # fmt: skip

@@ -1,0 +1,149 @@
+"""A run is a folder: config.toml, metrics.jsonl, resume.pt, report.json, and last of all model.safetensors.
+
+The presence of ``model.safetensors`` (of ``rates.json`` for meta-sample) means that the run is complete. Torch is not
+imported here, so that the newest fitting run is found before anything heavy is.
+"""
+
+import json
+import shlex
+import shutil
+import tomllib
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..config import STAGES, Resolved, resolve
+from ..data.aside import replace_file, write_error
+from ..data.manifest import Manifest
+from ..errors import CheckpointError, ConfigError, DataError
+from .header import Header, read_header, sha256_of
+
+MODEL, RATES, CONFIG, METRICS, RESUME, REPORT = (
+    "model.safetensors", "rates.json", "config.toml", "metrics.jsonl", "resume.pt", "report.json")  # fmt: skip
+
+
+def now() -> str:
+    """Creation time as headers hold it: ISO 8601, UTC, microseconds, so that it sorts as text."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+class RunDir:
+    """One run's folder. Made by ``create``, or opened to go on with."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def complete(self, stage: str) -> bool:
+        return (self / (RATES if stage == "meta-sample" else MODEL)).is_file()
+
+    def create(self, resolved: Resolved, run: dict[str, Any]) -> None:
+        """Make the folder and write ``config.toml``: all values, where each came from, and what they are applied to."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(error, self.path) from None
+        replace_file(self / CONFIG, resolved.to_toml(run))
+
+    def write_json(self, name: str, value: Any) -> None:
+        replace_file(self / name, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        try:
+            with (self / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise write_error(error, self.path) from None
+
+    def trim_metrics(self, step: int) -> None:
+        """Forget what was logged after the checkpoint of ``step``: the resumed run logs it again."""
+        if (self / METRICS).is_file():
+            lines = (self / METRICS).read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            replace_file(self / METRICS, "".join(f"{line}\n" for line in kept))
+
+    def resume_command(self, stage: str) -> str:
+        return f"balms {stage} --resume {shlex.quote(str(self.path))}"
+
+
+def new_run(stage: str, label: str, *, workspace: Path, out: Path | None, overwrite: bool) -> RunDir:
+    """The folder that a new run will have; nothing is made yet. A non-empty ``--out`` is refused (exit 2)."""
+    if out is None:
+        base = workspace / "runs" / f"{stage}-{label}"
+        path, n = base, 1
+        while path.exists():
+            n += 1
+            path = base.with_name(f"{base.name}-{n}")
+        return RunDir(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not out.is_dir() or not overwrite:
+            raise ConfigError(f"--out {out} is not empty; add --overwrite to replace the run in it, go on with it by "
+                              f"'balms {stage} --resume {out}', or choose another folder")  # fmt: skip
+        if not (out / CONFIG).is_file():
+            raise ConfigError(f"--out {out} is not empty and not a run's folder: --overwrite leaves it alone; choose another")
+    return RunDir(out)
+
+
+def clear_run(run: RunDir) -> None:
+    """Take away what an earlier run wrote here (``--overwrite``); the completeness mark goes first."""
+    for name in (MODEL, RATES, RESUME, REPORT, METRICS, CONFIG):
+        (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / "features", ignore_errors=True)
+
+
+def open_run(path: Path, stage: str) -> tuple[RunDir, Resolved, dict[str, Any]]:
+    """A run to go on with: its folder, configuration and provenance. Raises CheckpointError (exit 4)."""
+    path = path.parent if path.is_file() else path
+    try:
+        document = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
+        values, sources, run = document[stage], document["source"], document["run"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a run's folder: it has no {CONFIG}") from None
+    except KeyError:
+        found = next((s for s in STAGES if s in document), "nothing")
+        raise CheckpointError(f"{path} holds a run of {found}: use 'balms {found} --resume {path}'") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CheckpointError(f"{path / CONFIG} cannot be read: {error}") from None
+    values = {k: values.get(k) for k in STAGES[stage].model_fields}  # TOML has no null: what is absent was None
+    config = resolve(stage, flags=values).config
+    return RunDir(path), Resolved(stage, config, dict(sources), document.get("preset")), run
+
+
+def model_file(path: Path) -> Path:
+    """The checkpoint file that a path names: the file itself, or the one in a run's folder."""
+    if path.is_dir():
+        if not (path / MODEL).is_file() and (path / CONFIG).is_file():
+            raise CheckpointError(f"{path} is not complete: it has no {MODEL} yet; resume or repeat that run first")
+        return path / MODEL
+    return path
+
+
+def newest_run(workspace: Path, stages: Iterable[str]) -> Path | None:
+    """The newest complete run of one of ``stages`` in the workspace, by the creation time in its header."""
+    best: tuple[str, Path] | None = None
+    for file in (workspace / "runs").glob(f"*/{MODEL}"):
+        try:
+            header = read_header(file)
+        except CheckpointError:
+            continue
+        if header.stage in stages and (best is None or header.created > best[0]):
+            best = (header.created, file.parent)
+    return best[1] if best else None
+
+
+def manifest_of(file: Path, header: Header, data: Path | None) -> Manifest:
+    """The data set of a checkpoint: its own, or ``data``. Raises DataError (exit 3) where it is gone."""
+    if data is None and not Path(header.manifest).is_dir():
+        raise DataError(f"the data of {file} is no longer at {header.manifest}; say where it is by --data")
+    return Manifest.load(data or header.manifest)
+
+
+def check_unchanged(folder: RunDir, record: dict[str, Any], manifest: Manifest, parent: Path | None) -> None:
+    """A run goes on only with the very data and checkpoint that it began with. Raises CheckpointError (exit 4)."""
+    if manifest.sha256 != record["manifest_sha256"]:
+        raise CheckpointError(f"{folder.path} cannot go on: {manifest.path} is no longer the data it began with")
+    if parent is not None and (not parent.is_file() or sha256_of(parent) != record["parent_sha256"]):
+        raise CheckpointError(f"{folder.path} cannot go on: {parent} is no longer the checkpoint it began with")

@@ -1,0 +1,71 @@
+"""Where and how things are computed: device, precision, determinism."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device, and the precision that the backbone runs in on it (heads and losses are always float32)."""
+
+    device: torch.device
+    precision: str  # fp32 | bf16
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def describe(self) -> str:
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
+        return f"{self.device.type} with {torch.get_num_threads()} threads, {self.precision}"
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is a GPU where there is one. Raises ConfigError for a device that this machine has not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name} cannot be used here ({reason}); --device auto takes what there is") from None
+    return device
+
+
+def setup(device: str, precision: str, *, deterministic: bool = False) -> Runtime:
+    """Resolve ``auto``. bf16 pays where the processor multiplies in it: GPUs since 2020, CPUs with AVX512_BF16 or AMX."""
+    where = pick_device(device)
+    if precision == "auto":
+        if where.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        else:
+            precision = "bf16" if where.type == "cpu" and _cpu_has_bf16() else "fp32"
+    if where.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+    return Runtime(where, precision)
+
+
+def _cpu_has_bf16() -> bool:
+    flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, flag, lambda: False)() for flag in flags)
+
+
+def versions() -> dict[str, str]:
+    """What produced a result: for run folders and benchmarks."""
+    import platform
+
+    import torchvision
+
+    from .. import __version__
+
+    return {"balms": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "python": platform.python_version()}  # fmt: skip

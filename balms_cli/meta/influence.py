@@ -1,0 +1,165 @@
+"""Influence: one number an example, and the whole of the bi-level step.
+
+The inner loss is (1/B) sum_i s_i l_i(w); one step of SGD on it leads from w to w'; the meta loss is read at w'. The
+meta-learner asks for h_i = d L_meta(w') / d s_i. One SGD step is linear in s, so no second-order graph is needed:
+
+    v' = mu v + g + lambda w,     w' = w - eta v'          (Nesterov: w' = w - eta (g + lambda w + mu v'))
+    h_i = < grad l_i(w), D >,     D = -(eta kappa / B) grad L_meta(w'),     kappa = 1 (Nesterov: 1 + mu)
+
+exactly, for dampening 0 and no clipping, an empty momentum buffer included. Three ways to the same h:
+
+* ``closed-form``, a linear head: grad l_i is an outer product, so h = rowsum(dl/dz * (F D_W^T + D_b)): one matrix product;
+* ``jvp``, any network: h is the directional derivative of the per-example losses along D, one forward-mode pass;
+* ``higher``, the paper's route (Grefenstette et al., 2019): differentiate through the step. Kept as the reference.
+
+Shapes: B batch, M meta batch, C classes, D features.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from ..losses import SoftmaxLoss
+
+Params = dict[str, Tensor]
+
+
+class Influence(NamedTuple):
+    """What one look ahead yields."""
+
+    influence_B: Tensor  # d meta loss / d weight of example i
+    losses_B: Tensor  # inner losses at w, unweighted
+    grads: Params  # gradient of the weighted inner loss at w: what the real step uses
+    meta_loss: Tensor  # meta loss at w', a scalar
+
+
+def influence(
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    loss: SoftmaxLoss,
+    batch: tuple[Tensor, Tensor],
+    meta_batch: tuple[Tensor, Tensor],
+    *,
+    weights_B: Tensor | None = None,
+    meta_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    method: str = "auto",
+) -> Influence:
+    """h_i = d meta_loss(w') / d s_i for every example of ``batch``, at s = ``weights_B`` (default: ones).
+
+    ``model`` maps the inputs of ``batch = (inputs, targets_B)`` to logits [B, C]; ``optimizer`` holds its parameters and
+    is not changed, its live momentum buffers and learning rates are used. ``loss`` needs ``per_example``. ``method`` is
+    ``closed-form`` (``model`` is ``nn.Linear``), ``jvp``, ``higher``, or ``auto``: the first that fits.
+
+    Raises ValueError for an optimizer whose step is not the one above, and for closed-form on another model.
+    """
+    if method == "auto":
+        method = "closed-form" if isinstance(model, nn.Linear) else "jvp"
+    routes = {"closed-form": _closed_form, "jvp": _forward_mode, "higher": _through_higher}
+    if method not in routes:
+        raise ValueError(f"method {method!r}: choose one of {', '.join(routes)}")
+    return routes[method](model, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
+
+
+def sgd_lookahead(params: Params, grads: Params, optimizer: torch.optim.SGD) -> tuple[Params, dict[str, float]]:
+    """Where ``optimizer.step()`` would lead with these gradients (w'), and eta * kappa of each parameter. Pure."""
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    ahead, rate = {}, {}
+    for name, w in params.items():
+        group = group_of[id(w)]
+        if group["dampening"] or group["maximize"]:
+            raise ValueError("influence is exact for SGD without dampening and without maximize")
+        eta, mu = float(group["lr"]), group["momentum"]
+        g = grads[name].add(w.detach(), alpha=group["weight_decay"])
+        buffer = optimizer.state[w].get("momentum_buffer") if w in optimizer.state else None
+        v = g if buffer is None else g + mu * buffer  # an empty buffer counts as zero
+        ahead[name] = w.detach() - eta * (g + mu * v if group["nesterov"] else v)
+        rate[name] = eta * (1 + mu if group["nesterov"] else 1)
+    return ahead, rate
+
+
+def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss) -> Influence:
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"the closed form is for a linear head, not {type(head).__name__}: use method='jvp'")
+    (features_BD, targets_B), (meta_MD, meta_targets_M) = batch, meta_batch
+    params = dict(head.named_parameters())
+    losses_B, dlogits_BC = _logit_gradient(loss.per_example, F.linear(features_BD, head.weight, head.bias), targets_B)
+    weighted_BC = dlogits_BC if weights_B is None else dlogits_BC * weights_B[:, None]
+    grads = _outer(weighted_BC / len(targets_B), features_BD, head)
+
+    ahead, rate = sgd_lookahead(params, grads, optimizer)
+    meta_logits_MC = F.linear(meta_MD, ahead["weight"], ahead.get("bias"))
+    meta_value, dmeta_MC = _logit_gradient(meta_loss, meta_logits_MC, meta_targets_M)
+    meta_grads = _outer(dmeta_MC, meta_MD, head)
+
+    # The one matrix product that stands for the second-order graph: <grad l_i, D> for every i at once.
+    direction = {name: g * (-rate[name] / len(targets_B)) for name, g in meta_grads.items()}
+    influence_B = (dlogits_BC * F.linear(features_BD, direction["weight"], direction.get("bias"))).sum(1)
+    return Influence(influence_B, losses_B, grads, meta_value)
+
+
+def _logit_gradient(loss: Callable, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss (B terms or their mean) and its gradient by the logits [B, C]: row i belongs to example i alone."""
+    with torch.enable_grad():
+        logits_BC = logits_BC.detach().requires_grad_()
+        value = loss(logits_BC, targets_B)
+        (gradient_BC,) = torch.autograd.grad(value.sum(), logits_BC)
+    return value.detach(), gradient_BC
+
+
+def _outer(dlogits_BC: Tensor, features_BD: Tensor, head: nn.Linear) -> Params:
+    """The gradient of a linear head from that of its logits."""
+    grads = {"weight": dlogits_BC.T @ features_BD}
+    return grads if head.bias is None else grads | {"bias": dlogits_BC.sum(0)}
+
+
+def _forward_mode(model, optimizer, loss, batch, meta_batch, weights_B, meta_loss) -> Influence:
+    (inputs, targets_B), (meta_inputs, meta_targets_M) = batch, meta_batch
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def logits(at: Params, x: Tensor) -> Tensor:
+        # BatchNorm in train mode writes its buffers: on clones, so that looking ahead leaves no trace.
+        return functional_call(model, {**at, **{n: b.clone() for n, b in model.named_buffers()}}, (x,))
+
+    with torch.enable_grad():
+        losses_B = loss.per_example(logits(params, inputs), targets_B)
+        weighted = losses_B if weights_B is None else losses_B * weights_B
+        grads = dict(zip(params, torch.autograd.grad(weighted.sum() / len(targets_B), params.values()), strict=True))
+        ahead, rate = sgd_lookahead(params, grads, optimizer)
+        ahead = {name: w.requires_grad_() for name, w in ahead.items()}
+        meta_value = meta_loss(logits(ahead, meta_inputs), meta_targets_M)
+        meta_grads = dict(zip(params, torch.autograd.grad(meta_value, ahead.values()), strict=True))
+
+    direction = {name: g * (-rate[name] / len(targets_B)) for name, g in meta_grads.items()}
+    here = {name: p.detach() for name, p in params.items()}
+    _, influence_B = jvp(lambda at: loss.per_example(logits(at, inputs), targets_B), (here,), (direction,))
+    return Influence(influence_B, losses_B.detach(), grads, meta_value.detach())
+
+
+def _through_higher(model, optimizer, loss, batch, meta_batch, weights_B, meta_loss) -> Influence:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # higher 0.2.1 (2020) calls torch functions by names since deprecated
+        import higher
+
+        (inputs, targets_B), (meta_inputs, meta_targets_M) = batch, meta_batch
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        start_B = torch.ones(len(targets_B)) if weights_B is None else weights_B
+        with torch.enable_grad(), higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
+            at_w = dict(zip(params, fmodel.parameters(), strict=False))
+            losses_B = loss.per_example(fmodel(inputs), targets_B)
+            s_B = start_B.to(losses_B).detach().requires_grad_()
+            inner = (s_B * losses_B).sum() / len(targets_B)
+            grads = torch.autograd.grad(inner, at_w.values(), retain_graph=True)
+            diffopt.step(inner)
+            meta_value = meta_loss(fmodel(meta_inputs), meta_targets_M)
+            (influence_B,) = torch.autograd.grad(meta_value, s_B)
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+    grads = {name: g.detach() for name, g in zip(params, grads, strict=True)}
+    return Influence(influence_B.detach(), losses_B.detach(), grads, meta_value.detach())

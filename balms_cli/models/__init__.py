@@ -1,0 +1,1 @@
+"""Networks: feature extractors, the heads on them, and how both are named."""

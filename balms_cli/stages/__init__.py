@@ -1,0 +1,1 @@
+"""What each subcommand does: ``run(config, ...) -> Result``, usable from Python as it is."""

@@ -1,0 +1,93 @@
+"""What the training stages share: images as tensors, the length of a run, provenance, and the end of a run."""
+
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..data.images import load_pixels
+from ..data.manifest import Manifest
+from ..engine.checkpoint import save_model
+from ..engine.header import Header
+from ..engine.run_dir import MODEL, REPORT, RunDir
+from ..engine.runtime import Runtime, versions
+from ..errors import CheckpointError
+from ..models.classifiers import Classifier
+from ..reporter import Reporter
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a training stage leaves: the run's folder and its report."""
+
+    path: Path
+    report: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"run": str(self.path)} | self.report
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split in memory: pixels uint8 [N, 3, S, S] (on the device where they fit well) and labels int64 [N]."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+def load_images(manifest: Manifest, split: str, size: int, device: torch.device, reporter: Reporter) -> Images:
+    pixels = torch.from_numpy(load_pixels(manifest, split, size, reporter))
+    labels = torch.from_numpy(manifest.splits[split].labels).to(device)
+    if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] // 4:
+        pixels = pixels.to(device)
+    return Images(pixels, labels)
+
+
+def channel_statistics(pixels: Tensor) -> tuple[tuple, tuple]:
+    """Mean and standard deviation a channel (of pixels in 0..1) over at most 20,000 evenly spaced images."""
+    sample = pixels[:: max(1, len(pixels) // 20_000)]
+    channels = [sample[:, c].double() / 255 for c in range(3)]
+    mean, std = [c.mean().item() for c in channels], [max(c.std().item(), 1e-3) for c in channels]
+    return tuple(round(m, 6) for m in mean), tuple(round(s, 6) for s in std)
+
+
+def total_steps(config: TrainConfig, images: int) -> int:
+    """Steps of the run: as given, or from the epochs."""
+    return config.steps or max(1, math.ceil(config.epochs * images / config.batch_size))
+
+
+def provenance(manifest: Manifest, runtime: Runtime, **more: Any) -> dict[str, Any]:
+    """The ``[run]`` table of config.toml: what the values were applied to, where, and by which command."""
+    return {"command": shlex.join(["balms", *sys.argv[1:]]), "manifest": str(manifest.path.resolve()),
+            "manifest_sha256": manifest.sha256, "device": str(runtime.device), "precision": runtime.precision,
+            "versions": versions(), **more}  # fmt: skip
+
+
+def check_classes(header: Header, manifest: Manifest, path: Path) -> None:
+    """A checkpoint and a data set must have the same classes, by name. Raises CheckpointError (exit 4)."""
+    ours, theirs = set(manifest.classes), set(header.classes)
+    if ours != theirs:
+        only, gone = (", ".join(sorted(names)[:3]) or "none" for names in (ours - theirs, theirs - ours))
+        raise CheckpointError(f"{path} was trained on other classes than {manifest.path} (only in the data: {only}; only in "
+                              f"the checkpoint: {gone}); to reuse its backbone: balms pretrain --weights {path} --frozen")
+
+
+def data_summary(manifest: Manifest) -> dict[str, Any]:
+    return {"name": manifest.name, "source": manifest.source["name"], "images": len(manifest.splits["train"]),
+            "imbalance_factor": manifest.imbalance_factor}  # fmt: skip
+
+
+def finish(run: RunDir, model: Classifier, header: Header, report: dict[str, Any], runtime: Runtime) -> RunResult:
+    """Write the report and, last of all, the model, whose presence means that the run is complete."""
+    report = {"stage": header.stage, "loss": header.loss, "sampler": header.sampler, "data": header.data,
+              "manifest_sha256": header.manifest_sha256, "seed": header.recipe["seed"], **report,
+              "device": runtime.describe(), "versions": versions()}  # fmt: skip
+    run.write_json(REPORT, report)
+    save_model(run / MODEL, model, header)
+    return RunResult(run.path, report)

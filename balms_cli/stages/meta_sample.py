@@ -1,0 +1,54 @@
+"""``balms meta-sample``: learn the class sample rates alone, to look at them or to train with them later."""
+
+import csv
+import io
+from pathlib import Path
+
+from ..config import MetaSampleConfig, Resolved
+from ..data.aside import replace_file
+from ..data.manifest import Manifest
+from ..engine.checkpoint import load_model
+from ..engine.header import sha256_of
+from ..engine.run_dir import RATES, REPORT, RunDir, clear_run
+from ..engine.runtime import setup, versions
+from ..reporter import Reporter
+from .common import RunResult, check_classes, data_summary, provenance
+from .decoupled import fit_head
+from .rates import rates_document, show_rates
+
+
+def run(resolved: Resolved[MetaSampleConfig], parent_file: Path, manifest: Manifest, folder: RunDir,
+        reporter: Reporter | None = None, *, resume: bool = False) -> RunResult:  # fmt: skip
+    """Run the meta sampler on a checkpoint's features; writes rates.csv, rates.png and, last, rates.json.
+
+    Raises as ``retrain`` does.
+    """
+    from ..report.plots import rates_chart
+
+    config, reporter = resolved.config, reporter or Reporter()
+    runtime = setup(config.device, config.precision, deterministic=config.deterministic)
+    model, parent = load_model(parent_file)
+    check_classes(parent, manifest, parent_file)
+    if not resume:
+        clear_run(folder)
+        folder.create(resolved, provenance(manifest, runtime, parent=str(parent_file.resolve()),
+                                           parent_sha256=sha256_of(parent_file)))  # fmt: skip
+    fit = fit_head(config, "meta-sample", model, parent, parent_file, manifest, None, folder, runtime, reporter, resume=resume)
+
+    document = rates_document(fit.rates, manifest.classes, manifest.class_counts)
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["class", "train_count", "rate"])
+    order = sorted(range(len(manifest.classes)), key=lambda c: -manifest.class_counts[c])
+    writer.writerows([manifest.classes[c], manifest.class_counts[c], f"{fit.rates[c]:.6f}"] for c in order)
+    replace_file(folder / "rates.csv", table.getvalue())
+    rates_chart({config.loss: document}, folder / "rates.png")
+    show_rates(fit.rates, manifest, "sample rates", reporter)
+    reporter.note(f"variance of the rates over classes: {document['variance']:.4f}")
+    report = {"stage": "meta-sample", "loss": config.loss, "estimator": config.meta_estimator, **fit.report,
+              "rates_variance": document["variance"], "data": data_summary(manifest), "manifest_sha256": manifest.sha256,
+              "seed": config.seed, "device": runtime.describe(), "versions": versions()}  # fmt: skip
+    folder.write_json(REPORT, report)
+    folder.write_json(RATES, document | {"loss": config.loss, "estimator": config.meta_estimator, "seed": config.seed,
+                                         "manifest_sha256": manifest.sha256})  # fmt: skip
+    return RunResult(folder.path, report)

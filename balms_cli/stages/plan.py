@@ -1,0 +1,64 @@
+"""``--dry-run``: everything a run would meet, checked, and a few real steps to say how long it would take."""
+
+import re
+import tempfile
+from pathlib import Path
+
+from ..config import PretrainConfig, Resolved, TrainConfig
+from ..data.manifest import Manifest
+from ..engine.run_dir import RunDir
+from ..engine.runtime import setup
+from ..reporter import Reporter
+from .common import total_steps
+
+_TRIAL_STEPS = 4
+
+
+def run_label(resolved: Resolved[TrainConfig], manifest: Manifest) -> str:
+    """A readable name for a run's folder: data, loss, and what else sets it apart."""
+    config = resolved.config
+    sampler = "rates" if config.sampler.endswith(".json") else config.sampler
+    extra = [sampler] if sampler != "instance" else []
+    if isinstance(config, PretrainConfig):
+        extra += [config.backbone] if config.backbone != "resnet32" else []
+        extra += ["frozen"] if config.frozen else []
+    else:
+        extra += ["meta"] if config.meta_sampler else ["reweigher"] if config.meta_reweigher else []
+    extra += [f"seed{config.seed}"] if config.seed else []
+    return re.sub(r"[^\w.-]+", "-", "-".join([manifest.name, config.loss, *extra]))
+
+
+def show_plan(resolved: Resolved[TrainConfig], manifest: Manifest, parent: Path | None, folder: RunDir, reporter: Reporter) -> None:
+    """Print what would run. For pretrain the images are loaded and four steps taken, so the time is measured."""
+    config = resolved.config
+    runtime = setup(config.device, config.precision)
+    images = len(manifest.splits["train"])
+    steps = total_steps(config, images)
+    rows = [
+        ["data", f"{manifest.path} ({images} images, {len(manifest.classes)} classes)"],
+        ["checkpoint", str(parent or config.model_dump().get("weights") or "from scratch")],
+        ["loss, sampler", f"{config.loss}, {config.sampler}"],
+        ["steps", f"{steps} of {config.batch_size} ({steps * config.batch_size / images:.1f} passes over the images)"],
+        ["device", runtime.describe()],
+        ["result", str(folder.path)],
+    ]
+    if isinstance(config, PretrainConfig) and not config.frozen:
+        rows.append(["time", f"about {_seconds_a_step(resolved, manifest) * steps / 60:.1f} minutes by {_TRIAL_STEPS} trial steps"])
+    elif parent is not None:
+        from ..engine.checkpoint import load_model
+        from .common import check_classes
+
+        check_classes(load_model(parent)[1], manifest, parent)
+    reporter.table("dry run: nothing was written", ["what", "value"], rows)
+
+
+def _seconds_a_step(resolved: Resolved[PretrainConfig], manifest: Manifest) -> float:
+    from .pretrain import run
+
+    with tempfile.TemporaryDirectory() as scratch:
+        times = []
+        for steps in (1, 1 + _TRIAL_STEPS):  # the difference leaves the first step's start-up out
+            config = resolved.config.model_copy(update={"steps": steps, "epochs": None, "warmup_steps": 0})
+            result = run(Resolved("pretrain", config, resolved.sources), manifest, RunDir(Path(scratch) / str(steps)))
+            times.append(result.report["seconds"])
+        return max(times[1] - times[0], 0.0) / _TRIAL_STEPS

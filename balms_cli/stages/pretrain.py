@@ -1,0 +1,120 @@
+"""``balms pretrain``: stage 1, representation learning. One network, one loss, one sampler, from images to a checkpoint."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import PretrainConfig, Resolved
+from ..data.manifest import Manifest
+from ..data.samplers import ClassIndex, batches, class_law, mix, rates_law
+from ..data.transforms import augment
+from ..engine.header import FORMAT, Header
+from ..engine.loop import Job, train
+from ..engine.optim import Guard, learning_rate, make_sgd
+from ..engine.run_dir import RunDir, clear_run, now
+from ..engine.runtime import setup
+from ..losses import build_loss
+from ..models.backbones import build_backbone, load_weights
+from ..models.classifiers import Classifier, linear_head
+from ..reporter import Reporter
+from .common import RunResult, channel_statistics, data_summary, finish, load_images, provenance, total_steps
+from .rates import read_rates
+
+_AUGMENT_STREAM = 0
+
+
+def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, reporter: Reporter | None = None, *,
+        resume: bool = False, offline: bool = False) -> RunResult:  # fmt: skip
+    """Train a backbone and its linear head on ``manifest`` in the run folder ``folder``; ``resume`` goes on where it stopped.
+
+    Raises: DataError, CheckpointError (weights), ConfigError, DivergedError, Interrupted.
+    """
+    config, reporter = resolved.config, reporter or Reporter()
+    runtime = setup(config.device, config.precision, deterministic=config.deterministic)
+    device = runtime.device
+    rates_C = read_rates(config.sampler, manifest)
+    backbone, mean, std = _backbone(config, offline)
+    _warn_of_shrinking(config, manifest, reporter)
+    images = load_images(manifest, "train", config.image_size, device, reporter)
+    if mean is None:
+        mean, std = channel_statistics(images.pixels)
+
+    counts_C = torch.tensor(manifest.class_counts)
+    head = linear_head(backbone.feature_dim, len(counts_C), torch.Generator().manual_seed(mix(config.seed, 5)))
+    model = Classifier(backbone, head).to(device, memory_format=torch.channels_last)
+    if config.compile:
+        model.backbone.compile()
+    loss = build_loss(config.loss, counts_C, config.loss_exponent).to(device)
+    if not resume:
+        clear_run(folder)
+        folder.create(resolved, provenance(manifest, runtime))
+
+    report: dict[str, Any] = {"steps": 0, "seconds": 0.0}
+    if config.frozen:
+        reporter.note("frozen backbone: nothing is trained in stage 1; balms retrain gives it a classifier")
+    else:
+        job = _job(config, model, loss, images, rates_C, mean, std, runtime)
+        reporter.note(f"{config.backbone} at {config.image_size} px, {job.steps} steps of {config.batch_size} on "
+                      f"{runtime.describe()}")  # fmt: skip
+        seconds = train(job, folder, device, reporter, resume=resume,
+                        checkpoint_seconds=config.checkpoint_seconds)  # fmt: skip
+        report = {"steps": job.steps, "seconds": round(seconds, 1), "final_loss": job.history[-1]["loss"] if job.history else None,
+                  "images_per_second": round(job.steps * config.batch_size / max(seconds, 1e-9), 1)}  # fmt: skip
+
+    law_C = rates_law(rates_C, counts_C) if rates_C is not None else class_law(config.sampler, counts_C)
+    prior = torch.zeros(len(counts_C)) if config.frozen else loss.cpu().implied_log_prior(law_C.log())
+    header = Header(
+        format=FORMAT, created=now(), stage="pretrain", backbone=config.backbone, feature_dim=backbone.feature_dim,
+        image_size=config.image_size, classes=manifest.classes, class_counts=manifest.class_counts, mean=mean, std=std,
+        head="untrained" if config.frozen else "linear", loss=config.loss, sampler=config.sampler,
+        implied_log_prior=prior.tolist(), recipe=config.model_dump(mode="json"), data=data_summary(manifest),
+        manifest=str(manifest.path.resolve()), manifest_sha256=manifest.sha256,
+    )  # fmt: skip
+    return finish(folder, model, header, report, runtime)
+
+
+def _backbone(config: PretrainConfig, offline: bool):
+    """The network as it starts: initialised from the seed, or from ``--weights`` with the normalisation they expect."""
+    torch.manual_seed(mix(config.seed, 6))
+    backbone = build_backbone(config.backbone, config.image_size)
+    if config.weights is None:
+        return backbone, None, None
+    return backbone, *load_weights(backbone, config.backbone, config.weights, offline=offline)
+
+
+def _job(config, model, loss, images, rates_C, mean, std, runtime) -> Job:
+    """The step of stage 1: draw, augment, forward, loss, backward, SGD."""
+    device = runtime.device
+    steps = total_steps(config, len(images.labels))
+    index = ClassIndex(images.labels, len(model.head.bias))
+    draw = batches(config.sampler, index, config.batch_size, steps, config.seed, rates_C)
+    optimizer = make_sgd(model, config)
+    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    place_B = torch.arange(config.batch_size, device=device)
+    model.train()
+
+    def step(i: int, guard: Guard) -> Tensor:
+        images_B = draw(i)
+        pixels = images.pixels[images_B.to(images.pixels.device)].to(device, non_blocking=True)
+        inputs = augment(pixels, place_B + i * config.batch_size, mean, std, seed=config.seed, stream=_AUGMENT_STREAM,
+                         ops=config.augment).contiguous(memory_format=torch.channels_last)  # fmt: skip
+        with runtime.autocast():
+            logits_BC = model(inputs)
+        value = loss(logits_BC, images.labels[images_B])
+        optimizer.zero_grad()
+        value.backward()
+        guard.step(optimizer, value)
+        return value.detach()
+
+    def schedule(i: int) -> float:
+        return learning_rate(i, steps, peak=config.lr, warmup_steps=config.warmup_steps, warmup_lr=config.warmup_lr)
+
+    return Job("pretrain", steps, {"model": model, "optimizer": optimizer}, optimizer, schedule, step, config.batch_size)
+
+
+def _warn_of_shrinking(config: PretrainConfig, manifest: Manifest, reporter: Reporter) -> None:
+    width, height = manifest.image_size
+    if config.image_size <= 32 and min(width, height) >= 2 * config.image_size:
+        reporter.warn(f"images of about {width} x {height} px are shrunk to {config.image_size} px, where fine classes look "
+                      "alike; for photos try --image-size 128 --backbone resnet18 (slower)")  # fmt: skip

@@ -1,0 +1,50 @@
+"""``balms retrain``: stage 2. A new classifier for a pretrained backbone, trained for the rare classes too."""
+
+from pathlib import Path
+
+from ..config import Resolved, RetrainConfig
+from ..data.manifest import Manifest
+from ..engine.checkpoint import load_model
+from ..engine.header import FORMAT, Header, sha256_of
+from ..engine.run_dir import RATES, RunDir, clear_run, now
+from ..engine.runtime import setup
+from ..models.classifiers import Classifier
+from ..reporter import Reporter
+from .common import RunResult, check_classes, data_summary, finish, provenance
+from .decoupled import fit_head
+from .rates import rates_document, read_rates, show_rates
+
+
+def run(resolved: Resolved[RetrainConfig], parent_file: Path, manifest: Manifest, folder: RunDir,
+        reporter: Reporter | None = None, *, resume: bool = False) -> RunResult:  # fmt: skip
+    """Train a classifier on the features of the checkpoint ``parent_file``; writes the whole network to ``folder``.
+
+    Raises: CheckpointError (damaged, or of other classes), DataError, ConfigError, DivergedError, Interrupted.
+    """
+    config, reporter = resolved.config, reporter or Reporter()
+    runtime = setup(config.device, config.precision, deterministic=config.deterministic)
+    model, parent = load_model(parent_file)
+    check_classes(parent, manifest, parent_file)
+    rates_C = read_rates(config.sampler, manifest)
+    parent_sha256 = sha256_of(parent_file)
+    if not resume:
+        clear_run(folder)
+        folder.create(resolved, provenance(manifest, runtime, parent=str(parent_file.resolve()), parent_sha256=parent_sha256))
+
+    fit = fit_head(config, "retrain", model, parent, parent_file, manifest, rates_C, folder, runtime, reporter, resume=resume)
+    if fit.rates is not None:
+        document = rates_document(fit.rates, manifest.classes, manifest.class_counts)
+        folder.write_json(RATES, document)
+        fit.report["rates_variance"] = document["variance"]
+        show_rates(fit.rates, manifest, "sample rates" if config.meta_sampler else "class weights", reporter)
+
+    sampler = f"meta ({config.meta_estimator})" if config.meta_sampler else config.sampler
+    header = Header(
+        format=FORMAT, created=now(), stage="retrain", backbone=parent.backbone, feature_dim=parent.feature_dim,
+        image_size=parent.image_size, classes=manifest.classes, class_counts=manifest.class_counts, mean=parent.mean,
+        std=parent.std, head="linear", loss=config.loss, sampler=sampler + (" + reweigher" if config.meta_reweigher else ""),
+        implied_log_prior=fit.loss.implied_log_prior(fit.law.log()).tolist(), recipe=config.model_dump(mode="json")
+        | {"augment": parent.recipe.get("augment", [])}, data=data_summary(manifest), manifest=str(manifest.path.resolve()),
+        manifest_sha256=manifest.sha256, parent_sha256=parent_sha256,
+    )  # fmt: skip
+    return finish(folder, Classifier(model.backbone.cpu(), fit.head), header, fit.report, runtime)
