@@ -38,7 +38,9 @@ class MakeLTConfig(StageConfig):
     seed: int = Field(0, ge=0, description="which images of a class are kept")
     val_per_class: int = Field(0, ge=0, description="images a class cut for validation before the tail is made")
     meta_per_class: int = Field(0, ge=0, description="images a class cut for a meta set before the tail is made")
-    test_fraction: float = Field(0.2, gt=0, lt=1, description="share of a class used as test where the source has no test split")
+    test_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share of a class used as test where the source has no test split"
+    )
     skip_bad: bool = Field(False, description="leave out missing and unreadable images, and record them")
     check: bool = Field(True, description="decode every image of a folder or list once, to find unreadable ones now")
     data_root: str | None = Field(None, description="where known data sets lie on disk (else BALMS_DATA, else the cache)")
@@ -102,11 +104,15 @@ class RetrainConfig(TrainConfig):
     meta_estimator: Estimator = Field("class", description="gradient estimator of the meta sampler")
     gumbel_temperature: float = Field(1.0, gt=0, description="temperature of the relaxed draw (eq 79)")
     weight_norm: Literal["mean", "none"] = Field("mean", description="meta reweigher: weights of mean 1 in a batch, or raw")
-    hypergradient: Hypergradient = Field("closed-form", description="how the bi-level step is computed: same number, other cost")
+    hypergradient: Hypergradient = Field(
+        "closed-form", description="how the bi-level step is computed: same number, other cost"
+    )
     meta_lr: float = Field(0.01, gt=0, description="Adam's learning rate on the class rates")
     meta_betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's betas on the class rates")
     meta_batch_size: int = Field(512, ge=1, description="class-balanced images that the meta loss sees a step")
-    meta_set: Literal["train", "meta"] = Field("train", description="where meta images come from: train, or the held-out meta split")
+    meta_set: Literal["train", "meta"] = Field(
+        "train", description="where meta images come from: train, or the held-out meta split"
+    )
     features: Literal["bank", "online"] = Field("bank", description="bank: features computed once; online: anew every step")
     views: int = Field(4, ge=1, description="augmented views of every image in the feature bank")
     class_rows: int = Field(256, ge=0, description="rows in the bank that a class has at least: more views of rare images")

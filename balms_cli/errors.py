@@ -45,3 +45,9 @@ class Interrupted(BalmsError):
     """SIGINT or SIGTERM. The message holds the command that resumes the run, where there is one."""
 
     exit_code = 130
+
+
+def one_line(error: BaseException, limit: int = 120) -> str:
+    """The first line of another library's error, or its kind where it says nothing."""
+    lines = str(error).splitlines()
+    return lines[0][:limit] if lines and lines[0] else type(error).__name__

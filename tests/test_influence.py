@@ -23,6 +23,15 @@ SGD_SETTINGS = [
 METHODS = ("closed-form", "jvp", "higher")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: on a busy machine more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def batches(inputs=(D,), seed=1):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(B, *inputs, dtype=torch.float64, generator=generator)
@@ -262,7 +271,7 @@ def test_frozen_layers_take_no_part(method):
     assert set(got.grads) == {"2.weight", "2.bias"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["auto", "jvp", "higher"])
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "left-out"])
 def test_a_frozen_bias_stays_where_it_is(listed, method):
     """Whether or not the optimizer lists it: torch's step passes over a parameter without a gradient."""

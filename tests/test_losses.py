@@ -1,6 +1,6 @@
 """The losses against the paper's equations, written out term by term in plain Python floats.
 
-No softmax or binary cross-entropy of torch is the truth here, except where a test says that a loss must equal another one.
+No softmax or binary cross-entropy of torch is the truth here, except where a test says that a loss must equal one.
 """
 
 import math
@@ -13,6 +13,15 @@ from balms_cli import BalancedSigmoidLoss, BalancedSoftmaxLoss, SoftmaxLoss, cla
 from balms_cli.losses import build_loss
 
 COUNTS = [900, 210, 37, 6, 1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: on a busy machine more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def softmax_terms(logits, targets, priors):

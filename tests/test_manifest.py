@@ -142,6 +142,19 @@ def test_failed_overwrite_keeps_what_was_there(tmp_path: Path, monkeypatch: pyte
     assert os.listdir(tmp_path) == ["m"]
 
 
+def test_a_folder_that_cannot_be_moved_aside_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("old").save(tmp_path / "m")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(ConfigError, match="Operation not permitted"):
+        make("new").save(tmp_path / "m", overwrite=True)
+    assert Manifest.load(tmp_path / "m").name == "old"
+    assert os.listdir(tmp_path) == ["m"]
+
+
 def test_unwritable_places(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file" / "m", tmp_path / "file" / "a" / "b", Path("/proc/balms-test/m")):

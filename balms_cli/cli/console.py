@@ -74,7 +74,8 @@ class ConsoleReporter(Reporter):
             yield _PlainTask(self.console, description, total, unit)
             return
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit}s"),
-                   TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}")]  # fmt: skip
+                   TimeElapsedColumn(),
+                   TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}")]  # fmt: skip
         with Progress(*columns, console=self.console) as progress:
             yield _BarTask(progress, progress.add_task(description, total=total, metrics=""))
 

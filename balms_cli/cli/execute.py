@@ -92,7 +92,9 @@ def _resume(stage: str, params: Params, reporter) -> None:
     given += [k for k in ("sets", "overwrite", "dry_run", "print_config") if params.get(k)]
     if given:
         names = ", ".join("--" + k.replace("_", "-").replace("sets", "set") for k in given)
-        raise ConfigError(f"--resume goes on with the run as it was configured and takes no other training option (given: {names})")
+        raise ConfigError(
+            f"--resume goes on with the run as it was configured and takes no other training option (given: {names})"
+        )
     folder, resolved, record = open_run(params["resume"], stage)
     if folder.complete(stage):
         reporter.note(f"{folder.path} is complete: nothing to resume")

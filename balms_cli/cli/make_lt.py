@@ -24,8 +24,12 @@ def command(
     profile: Annotated[str | None, Option(help="exponential (the paper's) or step.")] = None,
     as_is: Annotated[bool | None, Option("--as-is", help="Keep every image: long-tailed by nature.")] = None,
     head_size: Annotated[int | None, Option(help="Images of the largest class (default: all it has).")] = None,
-    val_per_class: Annotated[int | None, Option(help="Images a class kept for validation, cut before the tail is made.")] = None,
-    meta_per_class: Annotated[int | None, Option(help="Images a class kept as a meta set, cut before the tail is made.")] = None,
+    val_per_class: Annotated[
+        int | None, Option(help="Images a class kept for validation, cut before the tail is made.")
+    ] = None,
+    meta_per_class: Annotated[
+        int | None, Option(help="Images a class kept as a meta set, cut before the tail is made.")
+    ] = None,
     skip_bad: Annotated[bool | None, Option("--skip-bad", help="Leave out unreadable images, and record them.")] = None,
     data_root: Annotated[Path | None, Option(envvar="BALMS_DATA", help="Where known data sets lie on disk.")] = None,
     offline: o.Offline = None,

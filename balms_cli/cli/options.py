@@ -6,6 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+_SAMPLERS = ("instance", "class", "square-root", "progressive")
 _OUTPUT, _RECIPE, _RUN = "Output", "Recipe", "Run"
 
 
@@ -19,12 +20,18 @@ def _turn_on_debug(value: bool) -> bool:
     return value
 
 
-Workspace = Annotated[Path, Option(envvar="BALMS_WORKSPACE", help="Where manifests and runs are kept.", rich_help_panel=_OUTPUT)]
-Out = Annotated[Path | None, Option(help="Folder of the result (default: a new one in the workspace).", rich_help_panel=_OUTPUT)]
+Workspace = Annotated[
+    Path, Option(envvar="BALMS_WORKSPACE", help="Where manifests and runs are kept.", rich_help_panel=_OUTPUT)
+]
+Out = Annotated[
+    Path | None, Option(help="Folder of the result (default: a new one in the workspace).", rich_help_panel=_OUTPUT)
+]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier result in --out.", rich_help_panel=_OUTPUT)]
 Json = Annotated[bool, Option("--json", help="Print one JSON object instead of the path.", rich_help_panel=_OUTPUT)]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Nothing on stderr but errors.", rich_help_panel=_OUTPUT)]
-Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.", callback=_turn_on_debug, rich_help_panel=_OUTPUT)]
+Debug = Annotated[
+    bool, Option("--debug", help="Show the traceback of an error.", callback=_turn_on_debug, rich_help_panel=_OUTPUT)
+]
 DryRun = Annotated[bool, Option("--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel=_OUTPUT)]
 
 ConfigFile = Annotated[Path | None, Option("--config", help="TOML file with a table for this stage.", rich_help_panel=_RECIPE)]
@@ -33,7 +40,8 @@ Sets = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="An
 PrintConfig = Annotated[bool, Option("--print-config", help="Print the resolved configuration as TOML and stop.",
                                      rich_help_panel=_RECIPE)]  # fmt: skip
 Preset = Annotated[str | None, Option(help="quick, paper or general (default: quick on a CPU).",
-                                      autocompletion=_complete("quick", "paper", "general"), rich_help_panel=_RECIPE)]  # fmt: skip
+                                      autocompletion=_complete("quick", "paper", "general"),
+                                      rich_help_panel=_RECIPE)]  # fmt: skip
 Seed = Annotated[int | None, Option(help="Seed of everything random (default 0).", rich_help_panel=_RECIPE)]
 Steps = Annotated[int | None, Option(help="Optimizer steps.", rich_help_panel=_RECIPE)]
 Epochs = Annotated[float | None, Option(help="Passes over the training images (instead of --steps).", rich_help_panel=_RECIPE)]
@@ -43,7 +51,7 @@ Loss = Annotated[str | None, Option(help="softmax, balanced or balanced-sigmoid.
                                     autocompletion=_complete("softmax", "balanced", "balanced-sigmoid"))]  # fmt: skip
 LossExponent = Annotated[float | None, Option(help="tau of Balanced Softmax: logits + tau log n (default 1).")]
 Sampler = Annotated[str | None, Option(help="instance, class (CBS), square-root, progressive, or a rates.json.",
-                                       autocompletion=_complete("instance", "class", "square-root", "progressive"))]  # fmt: skip
+                                       autocompletion=_complete(*_SAMPLERS))]  # fmt: skip
 
 Device = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 ...", autocompletion=_complete("auto", "cpu", "cuda"),
                                       rich_help_panel=_RUN)]  # fmt: skip

@@ -15,7 +15,9 @@ def command(
     loss: o.Loss = None,
     loss_exponent: o.LossExponent = None,
     sampler: o.Sampler = None,
-    backbone: Annotated[str | None, Option(help="resnet32 (CIFAR), or any torchvision classifier: resnet18, vit_b_16 ...")] = None,
+    backbone: Annotated[
+        str | None, Option(help="resnet32 (CIFAR), or any torchvision classifier: resnet18, vit_b_16 ...")
+    ] = None,
     weights: Annotated[str | None, Option(help="Start from a weights file, or 'imagenet' (torchvision's).")] = None,
     frozen: Annotated[bool | None, Option("--frozen", help="Take the backbone as it is; train nothing here.")] = None,
     image_size: Annotated[int | None, Option(help="Pixels a side fed to the network.")] = None,

@@ -52,14 +52,12 @@ def _swap(fresh: Path, target: Path) -> None:
         os.rename(fresh, target)
         return
     old = Path(tempfile.mkdtemp(prefix=".old-", dir=target.parent))
-    os.rename(target, old / "content")
     try:
+        os.rename(target, old / "content")
         os.rename(fresh, target)
-    except BaseException:  # Ctrl-C as well: what was there must not go with the folder below
+    finally:  # Ctrl-C as well: what was there must not go with the folder that held it
         if not target.exists():
             os.rename(old / "content", target)
-        raise
-    finally:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 from ..models.backbones import build_backbone
 from ..models.classifiers import Classifier, linear_head
 from .header import Header, read_header
@@ -52,7 +52,7 @@ def load_model(path: Path) -> tuple[Classifier, Header]:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not hold a {header.backbone}: {str(error).splitlines()[1].strip()}") from None
+        raise CheckpointError(f"{path} does not hold a {header.backbone}: {one_line(error)}") from None
     return model.eval(), header
 
 
@@ -68,9 +68,9 @@ def load_resume(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no resume.pt: it was stopped before its first checkpoint; start anew") from None
+        raise CheckpointError(f"{path} is not there") from None
     except Exception as error:  # torch raises a dozen kinds for a damaged file
-        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0][:120]}") from None
+        raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None
     if not isinstance(state, dict) or "step" not in state or "parts" not in state:
         raise CheckpointError(f"{path} was not written by balms")
     return state

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,7 +40,6 @@ class Job:
     step: Callable[[int, Guard], Tensor]
     images_per_step: int
     extras: Callable[[], dict[str, float]] = dict  # more to log, read at log points only
-    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(job: Job, run: RunDir, device: torch.device, reporter: Reporter, *, resume: bool, checkpoint_seconds: float
@@ -76,8 +75,7 @@ def train(job: Job, run: RunDir, device: torch.device, reporter: Reporter, *, re
                 record = {"step": done, "loss": window.item() / count, "lr": lr, **job.extras()}
                 rate = count * job.images_per_step / max(clock - logged, 1e-9)
                 run.append_metrics(record | {"images_per_second": round(rate, 1)})
-                job.history.append(record)
-                task.advance(done - start if done - start < log_every else count, loss=record["loss"], images_per_second=rate)
+                task.advance(min(count, done - start), loss=record["loss"], images_per_second=rate)
                 window.zero_()
                 logged = clock
             if stop.requested or time.monotonic() - saved > checkpoint_seconds:

@@ -65,6 +65,11 @@ class RunDir:
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             replace_file(self / METRICS, "".join(f"{line}\n" for line in kept))
 
+    def final_loss(self) -> float | None:
+        """The loss of the last log line, the mean over its steps."""
+        lines = (self / METRICS).read_text(encoding="utf-8").splitlines() if (self / METRICS).is_file() else []
+        return json.loads(lines[-1])["loss"] if lines else None
+
     def resume_command(self, stage: str) -> str:
         return f"balms {stage} --resume {shlex.quote(str(self.path))}"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name} cannot be used here ({reason}); --device auto takes what there is") from None
+        raise ConfigError(
+            f"--device {name} cannot be used here ({one_line(error)}); try --device auto"
+        ) from None
     return device
 
 

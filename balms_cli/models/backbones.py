@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError, one_line
 from .resnet_cifar import DEPTHS, ResNetCifar
 
 CIFAR_NAMES = tuple(f"resnet{depth}" for depth in DEPTHS)
@@ -99,7 +99,7 @@ def _file_state(path: Path) -> dict[str, torch.Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen kinds here
-        raise CheckpointError(f"--weights {path} cannot be read as tensors: {str(error).splitlines()[0][:120]}") from None
+        raise CheckpointError(f"--weights {path} cannot be read as tensors: {one_line(error)}") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

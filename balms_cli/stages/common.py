@@ -74,8 +74,10 @@ def check_classes(header: Header, manifest: Manifest, path: Path) -> None:
     ours, theirs = set(manifest.classes), set(header.classes)
     if ours != theirs:
         only, gone = (", ".join(sorted(names)[:3]) or "none" for names in (ours - theirs, theirs - ours))
-        raise CheckpointError(f"{path} was trained on other classes than {manifest.path} (only in the data: {only}; only in "
-                              f"the checkpoint: {gone}); to reuse its backbone: balms pretrain --weights {path} --frozen")
+        raise CheckpointError(
+            f"{path} was trained on other classes than {manifest.path} (only in the data: {only}; only in "
+            f"the checkpoint: {gone}); to reuse its backbone: balms pretrain --weights {path} --frozen"
+        )
 
 
 def data_summary(manifest: Manifest) -> dict[str, Any]:

@@ -86,7 +86,6 @@ def _show(result: DemoResult, rates: dict[str, dict], chart: Path, data: Manifes
                       [f"{c} ({document['class_counts'][c]})" for c in order], [document["rates"][c] for c in order],
                       [f"{document['rates'][c]:.2f}" for c in order])  # fmt: skip
     reporter.note(f"chart: {chart}")
-    reporter.note("next: your own photos, a folder a class   balms make-lt ./photos --as-is && balms pretrain && balms retrain --meta-sampler")
-    reporter.note("      class by class                     "
-                  f"balms evaluate {result.path}/runs/balms")  # fmt: skip
-    reporter.note("      the paper's data                   balms make-lt cifar100 --imbalance 200")
+    reporter.note(f"next, class by class:   balms evaluate {result.path}/runs/balms")
+    reporter.note("your own photos:        balms make-lt ./photos --as-is | balms pretrain - | balms retrain - --meta-sampler")
+    reporter.note("the paper's data:       balms make-lt cifar100 --imbalance 200")

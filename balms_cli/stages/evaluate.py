@@ -51,7 +51,9 @@ def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, rep
         if header.manifest_sha256 != manifest.sha256:
             reporter.warn(f"{file.parent.name} was trained on another draw of the data than {manifest.path.name}")
     loaded: dict[tuple, Any] = {}
-    results = [_score(config, file, manifest, runtime, loaded, reporter) for file, manifest in zip(files, manifests, strict=True)]
+    results = [
+        _score(config, file, manifest, runtime, loaded, reporter) for file, manifest in zip(files, manifests, strict=True)
+    ]
     show(results, reporter)
     if gate:
         for result in results:
@@ -83,7 +85,9 @@ def _score(config: EvaluateConfig, file: Path, manifest: Manifest, runtime, load
             return model(batch.contiguous(memory_format=torch.channels_last))
 
     mean, std = (torch.tensor(v, device=runtime.device) for v in (header.mean, header.std))
-    logits_NC = extract_all(logits, images.pixels, mean, std, batch_size=config.batch_size, reporter=reporter, what=file.parent.name)
+    logits_NC = extract_all(
+        logits, images.pixels, mean, std, batch_size=config.batch_size, reporter=reporter, what=file.parent.name
+    )
     # Classes are matched by name: columns into the manifest's order, whatever order the checkpoint has.
     order = [header.classes.index(name) for name in manifest.classes]
     counts = [header.class_counts[c] for c in order]

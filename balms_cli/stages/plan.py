@@ -28,7 +28,9 @@ def run_label(resolved: Resolved[TrainConfig], manifest: Manifest) -> str:
     return re.sub(r"[^\w.-]+", "-", "-".join([manifest.name, config.loss, *extra]))
 
 
-def show_plan(resolved: Resolved[TrainConfig], manifest: Manifest, parent: Path | None, folder: RunDir, reporter: Reporter) -> None:
+def show_plan(
+    resolved: Resolved[TrainConfig], manifest: Manifest, parent: Path | None, folder: RunDir, reporter: Reporter
+) -> None:
     """Print what would run. For pretrain the images are loaded and four steps taken, so the time is measured."""
     config = resolved.config
     runtime = setup(config.device, config.precision)
@@ -43,7 +45,9 @@ def show_plan(resolved: Resolved[TrainConfig], manifest: Manifest, parent: Path 
         ["result", str(folder.path)],
     ]
     if isinstance(config, PretrainConfig) and not config.frozen:
-        rows.append(["time", f"about {_seconds_a_step(resolved, manifest) * steps / 60:.1f} minutes by {_TRIAL_STEPS} trial steps"])
+        rows.append(
+            ["time", f"about {_seconds_a_step(resolved, manifest) * steps / 60:.1f} minutes by {_TRIAL_STEPS} trial steps"]
+        )
     elif parent is not None:
         from ..engine.checkpoint import load_model
         from .common import check_classes

@@ -59,7 +59,7 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
                       f"{runtime.describe()}")  # fmt: skip
         seconds = train(job, folder, device, reporter, resume=resume,
                         checkpoint_seconds=config.checkpoint_seconds)  # fmt: skip
-        report = {"steps": job.steps, "seconds": round(seconds, 1), "final_loss": job.history[-1]["loss"] if job.history else None,
+        report = {"steps": job.steps, "seconds": round(seconds, 1), "final_loss": folder.final_loss(),
                   "images_per_second": round(job.steps * config.batch_size / max(seconds, 1e-9), 1)}  # fmt: skip
 
     law_C = rates_law(rates_C, counts_C) if rates_C is not None else class_law(config.sampler, counts_C)

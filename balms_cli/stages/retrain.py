@@ -11,7 +11,7 @@ from ..engine.runtime import setup
 from ..models.classifiers import Classifier
 from ..reporter import Reporter
 from .common import RunResult, check_classes, data_summary, finish, provenance
-from .decoupled import fit_head
+from .decoupled import check_meta_set, fit_head
 from .rates import rates_document, read_rates, show_rates
 
 
@@ -25,6 +25,7 @@ def run(resolved: Resolved[RetrainConfig], parent_file: Path, manifest: Manifest
     runtime = setup(config.device, config.precision, deterministic=config.deterministic)
     model, parent = load_model(parent_file)
     check_classes(parent, manifest, parent_file)
+    check_meta_set(config, manifest)
     rates_C = read_rates(config.sampler, manifest)
     parent_sha256 = sha256_of(parent_file)
     if not resume:

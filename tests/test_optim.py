@@ -1,0 +1,53 @@
+"""The schedule by hand arithmetic at every step, and the guard against non-finite losses."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from balms_cli.config import PretrainConfig
+from balms_cli.engine.optim import Guard, learning_rate, make_sgd
+from balms_cli.errors import DivergedError
+
+
+def test_schedule_at_every_step_of_the_papers_recipe():
+    lrs = [learning_rate(i, 13_000, peak=0.1, warmup_steps=800, warmup_lr=0.05) for i in range(13_000)]
+    assert lrs[0] == 0.05 and lrs[400] == pytest.approx(0.075) and lrs[800] == 0.1
+    assert all(a < b for a, b in pairwise(lrs[:801]))
+    assert all(a > b for a, b in pairwise(lrs[800:]))
+    assert lrs[800 + 6100] == pytest.approx(0.05)  # half way down
+    for i in (1000, 5000, 12_999):
+        assert lrs[i] == pytest.approx(0.1 * math.cos(math.pi / 2 * (i - 800) / 12_200) ** 2)  # half-angle form
+    assert 0 < lrs[-1] < 1e-8
+
+
+def test_schedule_without_warm_up_starts_at_the_peak():
+    assert [round(learning_rate(i, 4, peak=1.0), 6) for i in range(4)] == [1.0, 0.853553, 0.5, 0.146447]
+
+
+def test_guard_stops_before_the_step_that_would_spoil_the_weights():
+    head = nn.Linear(2, 2)
+    optimizer = make_sgd(head, PretrainConfig())
+    before = {k: v.clone() for k, v in head.state_dict().items()}
+    head.weight.grad, head.bias.grad = torch.full((2, 2), float("nan")), torch.zeros(2)
+    guard = Guard(torch.device("cpu"))
+    with pytest.raises(DivergedError, match="not finite"):
+        guard.step(optimizer, torch.tensor([1.0, float("nan")]))
+    assert all(torch.equal(before[k], v) for k, v in head.state_dict().items())
+
+
+def test_the_fused_optimizers_skip_a_flagged_step_as_the_guard_relies_on_where_asking_would_stall():
+    """On a GPU the guard hands the optimizer a flag instead of raising; torch's fused kernels must honour it."""
+    for make in (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True), lambda p: torch.optim.Adam(p, fused=True)):
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = make([weight])
+        weight.grad = torch.full((3,), float("nan"))
+        optimizer.found_inf = torch.ones(())
+        optimizer.step()
+        assert weight.tolist() == [1.0, 1.0, 1.0]
+        optimizer.found_inf = torch.zeros(())
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        assert (weight < 1).all()
