@@ -6,6 +6,8 @@ batch comes back, ``per_example`` gives the B terms. Counts act in training only
 All three compute at least in float32, whatever autocast made of the logits.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,7 +104,7 @@ class BalancedSigmoidLoss(SoftmaxLoss):
             raise ValueError("the balanced sigmoid needs at least two classes: with one there is nothing to tell apart")
         log_odds_C = log_share_C - torch.log1p(-log_share_C.exp())  # log n_c / (n - n_c)
         # -log((n/k)/(n - n/k)) = log(k - 1): zero shift where every class has n/k images.
-        self.register_buffer("offset_C", log_odds_C + torch.tensor(float(k - 1)).log(), persistent=False)
+        self.register_buffer("offset_C", log_odds_C + math.log(k - 1), persistent=False)
 
     def per_example(self, logits_BC: Tensor, targets_B: Tensor) -> Tensor:
         logits_BC = _at_least_float32(logits_BC)

@@ -19,7 +19,7 @@ _PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "cifar": {
             "paper": {"backbone": "resnet32", "image_size": 32, "steps": 13_000, "batch_size": 512, "lr": 0.1,
                       "warmup_steps": 800, "warmup_lr": 0.05, "weight_decay": 5e-4},
-            "quick": {"backbone": "resnet32", "image_size": 32, "steps": 1800, "batch_size": 128, "lr": 0.1,
+            "quick": {"backbone": "resnet32", "image_size": 32, "steps": 1500, "batch_size": 128, "lr": 0.1,
                       "warmup_steps": 100, "warmup_lr": 0.01, "weight_decay": 5e-4},
         },
         "digits": {
@@ -27,7 +27,7 @@ _PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
                       "warmup_steps": 40, "weight_decay": 5e-4, "augment": ["crop"]},
         },
         "small": {
-            "quick": {"backbone": "resnet32", "image_size": 32, "steps": 1800, "batch_size": 128, "lr": 0.1,
+            "quick": {"backbone": "resnet32", "image_size": 32, "steps": 1500, "batch_size": 128, "lr": 0.1,
                       "warmup_steps": 100, "warmup_lr": 0.01, "weight_decay": 5e-4},
             "general": {"backbone": "resnet32", "image_size": 32, "epochs": 200, "batch_size": 128, "lr": 0.1,
                         "warmup_steps": 200, "warmup_lr": 0.01, "weight_decay": 5e-4},

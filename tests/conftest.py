@@ -79,3 +79,11 @@ def chain(tmp_path_factory) -> Chain:
     trained = invoke("pretrain", made.out.strip(), "--workspace", workspace, "--quiet", *SMALL)
     assert trained.code == 0, trained.err
     return Chain(workspace, photos, Path(made.out.strip()), Path(trained.out.strip()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tensors here are tiny: a second thread only waits, and waits long where other work runs beside the tests."""
+    import torch
+
+    torch.set_num_threads(1)

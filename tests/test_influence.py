@@ -23,15 +23,6 @@ SGD_SETTINGS = [
 METHODS = ("closed-form", "jvp", "higher")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def batches(inputs=(D,), seed=1):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(B, *inputs, dtype=torch.float64, generator=generator)

@@ -15,15 +15,6 @@ from balms_cli.losses import build_loss
 COUNTS = [900, 210, 37, 6, 1]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def softmax_terms(logits, targets, priors):
     """-log(prior_y e^z_y / sum_j prior_j e^z_j) (eq 10, priors = n; eq 1 with priors = 1), one example at a time."""
     terms = []

@@ -14,15 +14,6 @@ TARGETS = torch.tensor([0, 0, 0, 1, 1, 3, 0])  # class 2 is absent
 INFLUENCE = torch.tensor([0.3, -1.2, 0.8, 2.0, -0.4, 1.1, -0.9], dtype=torch.float64)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def reweigher(norm, theta=THETA):
     model = MetaReweigher(len(theta), norm=norm).double()
     with torch.no_grad():

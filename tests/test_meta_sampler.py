@@ -17,15 +17,6 @@ ESTIMATORS = ("class", "image", "expected")
 GUMBEL_ESTIMATORS = ("class", "image")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def meta_sampler(estimator, theta=THETA, counts=COUNTS, temperature=1.0):
     learner = MetaSampler(counts, estimator=estimator, temperature=temperature)
     with torch.no_grad():

@@ -12,15 +12,6 @@ import torch
 from balms_cli import BalancedSigmoidLoss, BalancedSoftmaxLoss, MetaSampler, SoftmaxLoss
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def minimise(objective, parameters, steps=400):
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=steps, tolerance_grad=1e-13, tolerance_change=1e-18, line_search_fn="strong_wolfe"

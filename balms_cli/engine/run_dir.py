@@ -4,7 +4,9 @@ The presence of ``model.safetensors`` (of ``rates.json`` for meta-sample) means 
 imported here, so that the newest fitting run is found before anything heavy is.
 """
 
+import errno
 import json
+import os
 import shlex
 import shutil
 import tomllib
@@ -76,6 +78,7 @@ class RunDir:
 
 def new_run(stage: str, label: str, *, workspace: Path, out: Path | None, overwrite: bool) -> RunDir:
     """The folder that a new run will have; nothing is made yet. A non-empty ``--out`` is refused (exit 2)."""
+    _check_place(out or workspace)
     if out is None:
         base = workspace / "runs" / f"{stage}-{label}"
         path, n = base, 1
@@ -83,13 +86,22 @@ def new_run(stage: str, label: str, *, workspace: Path, out: Path | None, overwr
             n += 1
             path = base.with_name(f"{base.name}-{n}")
         return RunDir(path)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not out.is_dir() or not overwrite:
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
             raise ConfigError(f"--out {out} is not empty; add --overwrite to replace the run in it, go on with it by "
                               f"'balms {stage} --resume {out}', or choose another folder")  # fmt: skip
         if not (out / CONFIG).is_file():
             raise ConfigError(f"--out {out} is not empty and not a run's folder: --overwrite leaves it alone; choose another")
     return RunDir(out)
+
+
+def _check_place(path: Path) -> None:
+    """Told before anything is computed: a folder can be made or written here. Raises ConfigError (exit 2)."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        code = errno.EACCES if path.is_dir() else errno.ENOTDIR
+        raise write_error(OSError(code, os.strerror(code)), path)
 
 
 def clear_run(run: RunDir) -> None:

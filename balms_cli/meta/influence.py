@@ -53,15 +53,18 @@ def influence(
 
     ``model`` maps the inputs of ``batch = (inputs, targets_B)`` to logits [B, C]; ``optimizer`` holds its parameters and
     is not changed, its live momentum buffers and learning rates are used. ``loss`` needs ``per_example``. ``method`` is
-    ``closed-form`` (``model`` is ``nn.Linear``), ``jvp``, ``higher``, or ``auto``: the first that fits.
+    ``closed-form`` (``model`` is ``nn.Linear``), ``jvp``, ``higher``, or ``auto``: the first that fits. A model that draws
+    at random in its forward pass (dropout) draws anew in each pass, so its h belongs to another draw than ``grads``.
 
     Raises ValueError for an optimizer whose step is not the one above, and for closed-form on another model.
     """
     if method == "auto":
-        method = "closed-form" if isinstance(model, nn.Linear) else "jvp"
+        method = "closed-form" if _is_linear_head(model) else "jvp"
     routes = {"closed-form": _closed_form, "jvp": _forward_mode, "higher": _through_higher}
     if method not in routes:
         raise ValueError(f"method {method!r}: choose one of {', '.join(routes)}")
+    if any(group["dampening"] or group["maximize"] for group in optimizer.param_groups):
+        raise ValueError("influence is exact for SGD without dampening and without maximize")
     return routes[method](model, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
 
 
@@ -71,8 +74,6 @@ def sgd_lookahead(params: Params, grads: Params, optimizer: torch.optim.SGD) -> 
     ahead, rate = {}, {}
     for name, w in params.items():
         group = group_of[id(w)]
-        if group["dampening"] or group["maximize"]:
-            raise ValueError("influence is exact for SGD without dampening and without maximize")
         eta, mu = float(group["lr"]), group["momentum"]
         g = grads[name].add(w.detach(), alpha=group["weight_decay"])
         buffer = optimizer.state[w].get("momentum_buffer") if w in optimizer.state else None
@@ -82,9 +83,14 @@ def sgd_lookahead(params: Params, grads: Params, optimizer: torch.optim.SGD) -> 
     return ahead, rate
 
 
+def _is_linear_head(model: nn.Module) -> bool:
+    # A subclass may have another forward, and a frozen bias does not step.
+    return type(model) is nn.Linear and all(p.requires_grad for p in model.parameters())
+
+
 def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss) -> Influence:
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"the closed form is for a linear head, not {type(head).__name__}: use method='jvp'")
+    if not _is_linear_head(head):
+        raise ValueError(f"closed form: only for an nn.Linear learnt as a whole, not {type(head).__name__}: use method='jvp'")
     (features_BD, targets_B), (meta_MD, meta_targets_M) = batch, meta_batch
     params = dict(head.named_parameters())
     losses_B, dlogits_BC = _logit_gradient(loss.per_example, F.linear(features_BD, head.weight, head.bias), targets_B)
@@ -146,11 +152,10 @@ def _through_higher(model, optimizer, loss, batch, meta_batch, weights_B, meta_l
         import higher
 
         (inputs, targets_B), (meta_inputs, meta_targets_M) = batch, meta_batch
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         start_B = torch.ones(len(targets_B)) if weights_B is None else weights_B
         with torch.enable_grad(), higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
-            at_w = dict(zip(params, fmodel.parameters(), strict=False))
+            at_w = {n: p for n, p in fmodel.named_parameters() if n in params}
             losses_B = loss.per_example(fmodel(inputs), targets_B)
             s_B = start_B.to(losses_B).detach().requires_grad_()
             inner = (s_B * losses_B).sum() / len(targets_B)
@@ -158,8 +163,5 @@ def _through_higher(model, optimizer, loss, batch, meta_batch, weights_B, meta_l
             diffopt.step(inner)
             meta_value = meta_loss(fmodel(meta_inputs), meta_targets_M)
             (influence_B,) = torch.autograd.grad(meta_value, s_B)
-        with torch.no_grad():
-            for name, b in model.named_buffers():
-                b.copy_(buffers[name])
     grads = {name: g.detach() for name, g in zip(params, grads, strict=True)}
     return Influence(influence_B.detach(), losses_B.detach(), grads, meta_value.detach())

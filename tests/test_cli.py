@@ -1,0 +1,318 @@
+"""The command line as a user and as a script meets it: streams, artefacts, options, exit codes."""
+
+import json
+import os
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from .conftest import SMALL, draw_photos, invoke
+
+FEW = ["--steps", "20", "--set", "meta_batch_size=16", "--batch-size", "16", "--set", "class_rows=8", "--views", "2"]
+
+
+def error_of(outcome, code):
+    """The one line that an error is."""
+    assert outcome.code == code, (outcome.code, outcome.err)
+    assert outcome.out == "" and "Traceback" not in outcome.err
+    lines = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and outcome.err.rstrip().splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+class TestStreams:
+    def test_stdout_is_the_path_and_nothing_else(self, balms, chain):
+        made = balms("make-lt", chain.photos, "--as-is")
+        assert made.out == f"{Path(made.out.strip())}\n" and (Path(made.out.strip()) / "manifest.json").is_file()
+        assert "training images" in made.err
+        trained = balms("pretrain", "-", *SMALL, stdin=made.out)
+        assert (Path(trained.out.strip()) / "model.safetensors").is_file() and trained.out.count("\n") == 1
+        classified = balms("retrain", "-", *FEW, "--meta-sampler", stdin=trained.out)
+        assert (Path(classified.out.strip()) / "rates.json").is_file() and classified.out.count("\n") == 1
+        scored = balms("evaluate", "-", stdin=classified.out)
+        assert scored.out == classified.out and "balanced" in scored.err and "emu" in scored.err
+
+    def test_json_is_one_object_and_feeds_the_next_stage(self, balms, chain):
+        made = json.loads(balms("make-lt", chain.photos, "--as-is", "--json").out)
+        assert made["class_counts"] == [32, 12, 5] and made["total"] == 49
+        trained = balms("pretrain", "-", *SMALL, "--json", stdin=json.dumps(made))
+        assert json.loads(trained.out)["steps"] == 12
+        scored = json.loads(balms("evaluate", "-", "--json", "--quiet", stdin=trained.out).out)
+        assert set(scored) >= {"top1", "top5", "balanced_accuracy", "many", "medium", "few", "per_class", "run", "manifest_sha256"}
+        assert [c["name"] for c in scored["per_class"]] == ["cat", "dog", "emu"] and scored["many"] is None
+
+    def test_several_runs_side_by_side(self, balms, chain):
+        other = balms("retrain", chain.pretrained, *FEW).out.strip()
+        both = json.loads(balms("evaluate", chain.pretrained, other, "--json").out)
+        assert [r["run"] for r in both["runs"]] == [str(chain.pretrained), other]
+        again = balms("evaluate", "-", "--json", stdin=json.dumps(both))
+        assert json.loads(again.out)["runs"] == both["runs"]
+
+    def test_quiet_says_nothing(self, balms, chain):
+        assert balms("evaluate", chain.pretrained, "--quiet").err == ""
+
+    def test_no_terminal_codes_reach_a_pipe(self, balms, chain):
+        outcome = balms("evaluate", chain.pretrained)
+        assert "\x1b" not in outcome.err and "\x1b" not in outcome.out
+
+
+class TestArtefacts:
+    def test_the_newest_fitting_run_is_taken_and_named(self, balms, chain):
+        manifest = balms("make-lt", chain.photos, "--as-is").out.strip()
+        balms("make-lt", chain.photos, "--imbalance", "4")
+        again = balms("make-lt", chain.photos, "--as-is")  # made again: the same folder, and the newest once more
+        assert again.out.strip() == manifest
+        trained = balms("pretrain", *SMALL)
+        assert f"data: {manifest}" in trained.err
+        classified = balms("retrain", *FEW)
+        assert f"checkpoint: {trained.out.strip()}" in classified.err
+        balms("retrain", *FEW, "--sampler", "class")
+        second = balms("retrain", *FEW, "--meta-reweigher")
+        assert f"checkpoint: {second.out.strip()}" in balms("evaluate").err
+        # meta-sample and retrain start from stage 1, whatever came later
+        assert f"checkpoint: {trained.out.strip()}" in balms("meta-sample", *FEW).err
+
+    def test_an_incomplete_run_is_never_taken(self, balms, chain, tmp_path):
+        trained = Path(balms("pretrain", chain.manifest, *SMALL).out.strip())
+        torn = trained.with_name("torn")
+        shutil.copytree(trained, torn)
+        (torn / "model.safetensors").unlink()
+        assert balms("retrain", *FEW).code == 0
+        assert "not complete" in error_of(balms("retrain", torn, *FEW), 4)
+
+    def test_empty_workspace_and_empty_stdin(self, balms):
+        assert "balms make-lt" in error_of(balms("pretrain"), 3)
+        assert "run balms pretrain first" in error_of(balms("retrain"), 3)
+        assert "printed no path" in error_of(balms("pretrain", "-", stdin=""), 3)
+        assert "no 'run' or 'manifest'" in error_of(balms("pretrain", "-", stdin="{}"), 3)
+
+    def test_a_photo_folder_is_not_a_manifest(self, balms, chain):
+        assert f"balms make-lt {chain.photos} --as-is" in error_of(balms("pretrain", chain.photos), 3)
+
+    def test_out_is_refused_when_not_empty_and_overwritten_on_request(self, balms, chain, tmp_path):
+        out = tmp_path / "mine"
+        assert balms("pretrain", chain.manifest, *SMALL, "--out", out).out.strip() == str(out)
+        told = error_of(balms("pretrain", chain.manifest, *SMALL, "--out", out), 2)
+        assert "--overwrite" in told and f"balms pretrain --resume {out}" in told
+        assert balms("pretrain", chain.manifest, *SMALL, "--out", out, "--overwrite", "--seed", "1").code == 0
+        assert tomllib.loads((out / "config.toml").read_text())["pretrain"]["seed"] == 1
+        (tmp_path / "thesis").mkdir()
+        (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+        assert "leaves it alone" in error_of(balms("pretrain", chain.manifest, "--out", tmp_path / "thesis", "--overwrite"), 2)
+        assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
+
+    def test_a_run_folder_holds_what_the_contract_says(self, chain):
+        names = {p.name for p in chain.pretrained.iterdir()}
+        assert {"config.toml", "metrics.jsonl", "resume.pt", "report.json", "model.safetensors"} <= names
+        document = tomllib.loads((chain.pretrained / "config.toml").read_text())
+        assert document["pretrain"]["steps"] == 12 and document["source"]["steps"] == "flag"
+        assert document["source"]["image_size"] == "flag --set" and document["source"]["momentum"] == "default"
+        assert document["run"]["manifest"] == str(chain.manifest) and document["run"]["versions"]["balms"]
+        steps = [json.loads(line)["step"] for line in (chain.pretrained / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 13))
+
+    def test_the_same_command_twice_makes_two_runs(self, balms, chain):
+        first, second = (balms("retrain", chain.pretrained, *FEW).out.strip() for _ in range(2))
+        assert first != second and Path(second).name.endswith("-2")
+        assert (Path(first) / "model.safetensors").read_bytes()[-64:] == (Path(second) / "model.safetensors").read_bytes()[-64:]
+
+
+class TestOptions:
+    def test_print_config_prints_toml_that_config_takes(self, balms, chain, tmp_path):
+        printed = balms("pretrain", chain.manifest, "--preset", "general", "--lr", "0.07", "--print-config")
+        document = tomllib.loads(printed.out)
+        assert document["preset"] == "general" and document["pretrain"]["epochs"] == 200
+        assert document["source"]["lr"] == "flag" and document["source"]["epochs"] == "preset general"
+        (tmp_path / "mine.toml").write_text(printed.out)
+        again = tomllib.loads(balms("pretrain", chain.manifest, "--config", tmp_path / "mine.toml", "--print-config").out)
+        assert again["pretrain"] == document["pretrain"] and again["source"]["lr"] == "file mine.toml"
+
+    def test_a_run_can_be_repeated_from_its_own_config(self, balms, chain):
+        repeated = Path(balms("pretrain", chain.manifest, "--config", chain.pretrained).out.strip())
+        ours, theirs = ((p / "model.safetensors").read_bytes()[-256:] for p in (repeated, chain.pretrained))
+        assert ours == theirs
+
+    def test_mistakes_are_told_with_the_fix(self, balms, chain):
+        assert "did you mean 'batch_size'" in error_of(balms("pretrain", chain.manifest, "--set", "batchsize=3"), 2)
+        assert "balanced" in error_of(balms("retrain", chain.pretrained, "--loss", "blanced"), 2)
+        assert "quick or general" in error_of(balms("pretrain", chain.manifest, "--preset", "paper"), 2)
+        assert "cuda" in error_of(balms("pretrain", chain.manifest, "--device", "cuda:9", *SMALL), 2)
+        assert "resnet18" in error_of(balms("pretrain", chain.manifest, "--backbone", "resnet19"), 2)
+        assert balms("pretrain", "--no-such-option").code == 2
+        assert balms("no-such-command").code == 2
+
+    def test_dry_run_checks_everything_and_writes_nothing(self, balms, chain, tmp_path):
+        planned = balms("pretrain", chain.manifest, *SMALL, "--dry-run")
+        assert planned.code == 0 and planned.out == "" and "12 of 16" in planned.err and "minutes" in planned.err
+        assert balms("retrain", chain.pretrained, *FEW, "--dry-run").code == 0
+        assert balms("make-lt", chain.photos, "--as-is", "--dry-run").code == 0
+        assert not (tmp_path / "ws").exists()
+
+    def test_resume_takes_no_other_training_option(self, balms, chain):
+        told = error_of(balms("pretrain", "--resume", chain.pretrained, "--lr", "0.2", "--set", "steps=3"), 2)
+        assert "--lr" in told and "--set" in told
+        assert balms("pretrain", "--resume", chain.pretrained).out.strip() == str(chain.pretrained)  # complete: nothing to do
+        assert "balms pretrain --resume" in error_of(balms("retrain", "--resume", chain.pretrained), 4)
+        assert "not a run" in error_of(balms("retrain", "--resume", chain.photos), 4)
+
+    def test_seeds_repeat_and_differ(self, balms, chain):
+        def head(*more):
+            return (Path(balms("retrain", chain.pretrained, *FEW, *more).out.strip()) / "model.safetensors").read_bytes()[-64:]
+
+        assert head("--seed", "4") == head("--seed", "4") != head("--seed", "5")
+
+    def test_version_and_detect(self, balms):
+        from balms_cli import __version__
+
+        assert balms("--version").out == f"balms {__version__}\n"
+        for arguments in ([], ["--help"], ["train", "--x", "3"]):
+            assert "not built yet" in error_of(balms("detect", *arguments), 2)
+
+    def test_help_is_readable_where_terminals_are_forced(self, monkeypatch):
+        monkeypatch.setenv("GITHUB_ACTIONS", "1")
+        import re
+
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", invoke("retrain", "--help").out)
+        assert "--meta-sampler" in plain and "--hypergradient" in plain
+
+
+class TestMetaSample:
+    def test_rates_are_written_shown_and_used(self, balms, chain):
+        folder = Path(balms("meta-sample", chain.pretrained, "--loss", "softmax", *FEW).out.strip())
+        document = json.loads((folder / "rates.json").read_text())
+        values = list(document["rates"].values())
+        mean = sum(values) / 3
+        assert document["variance"] == pytest.approx(sum((v - mean) ** 2 for v in values) / 3, abs=1e-6)
+        rows = (folder / "rates.csv").read_text().splitlines()
+        assert rows[0] == "class,train_count,rate" and [r.split(",")[:2] for r in rows[1:]] == [["cat", "32"], ["dog", "12"], ["emu", "5"]]
+        assert Image.open(folder / "rates.png").width > 600
+        used = Path(balms("retrain", chain.pretrained, *FEW, "--sampler", folder / "rates.json").out.strip())
+        assert json.loads((used / "report.json").read_text())["sampler"].endswith("rates.json")
+        assert balms("meta-sample", "--resume", folder).out.strip() == str(folder)
+
+    def test_rates_of_other_classes_or_of_nothing_are_refused(self, balms, chain, tmp_path):
+        for text, told in (('{"rates": {"cat": 0.5}}', "classes are not"), ("{}", "not a rates.json"), ("[1]", "not a rates.json"),
+                           ('{"rates": {"cat": 0.5, "dog": -1, "emu": 0.5}}', "above 0")):  # fmt: skip
+            (tmp_path / "r.json").write_text(text)
+            assert told in error_of(balms("retrain", chain.pretrained, *FEW, "--sampler", tmp_path / "r.json"), 3)
+        assert "not a rates.json" in error_of(balms("retrain", chain.pretrained, "--sampler", "gone.json"), 3)
+
+
+class TestGates:
+    def test_a_gate_passes_fails_or_is_refused(self, balms, chain):
+        assert balms("evaluate", chain.pretrained, "--require", "top1>=0").code == 0
+        failed = balms("evaluate", chain.pretrained, "--require", "top1<0", "--json")
+        assert failed.code == 6 and "top1" in json.loads(failed.out) and "is not met" in failed.err
+        assert "empty" in error_of(balms("evaluate", chain.pretrained, "--require", "many<=1"), 2)
+        assert "did you mean 'few'" in error_of(balms("evaluate", chain.pretrained, "--require", "fwe>=0"), 2)
+
+
+class TestBadInput:
+    def test_missing_and_unreadable_images(self, balms, tmp_path):
+        photos = draw_photos(tmp_path / "photos", {"cat": 8, "dog": 5})
+        (photos / "cat" / "001.png").write_bytes(b"not a picture")
+        torn = photos / "dog" / "002.png"
+        torn.write_bytes(torn.read_bytes()[:80])
+        told = error_of(balms("make-lt", photos, "--as-is"), 3)
+        assert "2 of 13" in told and "cat/001.png" in told and "--skip-bad" in told
+        made = json.loads(balms("make-lt", photos, "--as-is", "--skip-bad", "--json").out)
+        assert made["skipped"] == 2 and made["total"] + made["splits"]["test"] == 11
+        gone = Path(made["manifest"])
+        keys = (gone / "train.csv").read_text().splitlines()[1].split(",")[0]
+        (photos / keys).unlink()
+        assert keys in error_of(balms("pretrain", gone, *SMALL), 3)
+        assert not list((tmp_path / "ws").glob("runs/*"))
+
+    def test_mismatched_classes(self, balms, chain, tmp_path):
+        photos = draw_photos(tmp_path / "photos", {"cat": 8, "dog": 5, "fox": 4})
+        other = balms("make-lt", photos, "--as-is").out.strip()
+        told = error_of(balms("retrain", chain.pretrained, "--data", other, *FEW), 4)
+        assert "fox" in told and "emu" in told
+        assert error_of(balms("evaluate", chain.pretrained, "--data", other), 4)
+
+    def test_the_same_classes_in_another_order_are_matched_by_name(self, balms, chain, tmp_path):
+        """Another draw makes 'emu' the head: labels change places, accuracies must not."""
+        photos = draw_photos(tmp_path / "photos", {"cat": 8, "dog": 9, "emu": 30})
+        other = balms("make-lt", photos, "--as-is").out.strip()
+        found = json.loads(balms("evaluate", chain.pretrained, "--data", other, "--json").out)
+        assert [c["name"] for c in found["per_class"]] == ["emu", "dog", "cat"]
+        assert [c["train_count"] for c in found["per_class"]] == [5, 12, 32]  # of the checkpoint: what it learned from
+        head_first = {c["name"]: c["accuracy"] for c in found["per_class"]}
+        import torch
+
+        from balms_cli.data.images import load_pixels
+        from balms_cli.data.manifest import Manifest
+        from balms_cli.data.transforms import normalise
+        from balms_cli.engine.checkpoint import load_model
+
+        model, header = load_model(chain.pretrained / "model.safetensors")
+        manifest = Manifest.load(other)
+        pixels = torch.from_numpy(load_pixels(manifest, "test", 16))
+        with torch.no_grad():
+            guesses = model(normalise(pixels, torch.tensor(header.mean), torch.tensor(header.std))).argmax(1)
+        names = [header.classes[g] for g in guesses.tolist()]
+        truth = [manifest.classes[y] for y in manifest.splits["test"].labels]
+        for name in truth:
+            right = [n == t for n, t in zip(names, truth, strict=True) if t == name]
+            assert head_first[name] == pytest.approx(sum(right) / len(right))
+
+    def test_data_that_moved_and_checkpoints_that_are_none(self, balms, chain, tmp_path):
+        (tmp_path / "x.safetensors").write_bytes(b"12345678{}")
+        assert error_of(balms("evaluate", tmp_path / "x.safetensors"), 4)
+        assert "no such checkpoint" in error_of(balms("evaluate", tmp_path / "none"), 4)
+        assert error_of(balms("pretrain", tmp_path / "none"), 3)
+
+    def test_a_diverging_run_is_exit_5(self, balms, chain):
+        outcome = balms("pretrain", chain.manifest, *SMALL, "--set", "lr=1e30", "--precision", "fp32")
+        assert "not finite" in error_of(outcome, 5) and "--lr" in outcome.err
+
+    def test_a_frozen_run_has_no_classifier_until_it_is_retrained(self, balms, chain):
+        frozen = balms("pretrain", chain.manifest, *SMALL, "--frozen", "--weights", chain.pretrained / "model.safetensors")
+        assert frozen.code == 0, frozen.err
+        assert "run balms retrain" in error_of(balms("evaluate", frozen.out.strip()), 4)
+        assert balms("evaluate", "-", stdin=balms("retrain", "-", *FEW, stdin=frozen.out).out).code == 0
+
+    def test_no_meta_split(self, balms, chain):
+        told = error_of(balms("retrain", chain.pretrained, *FEW, "--meta-sampler", "--meta-set", "meta"), 2)
+        assert "--meta-per-class" in told
+
+    def test_large_photos_at_32_px_are_warned_of(self, balms, tmp_path):
+        photos = draw_photos(tmp_path / "photos", {"cat": 6, "dog": 4}, size=200)
+        manifest = balms("make-lt", photos, "--as-is").out.strip()
+        small = balms("pretrain", manifest, "--backbone", "resnet8", "--image-size", "32", "--steps", "2", "--batch-size", "4")
+        assert "shrunk to 32 px" in small.err and small.code == 0
+
+    @pytest.mark.parametrize("place", ["fsync", "write"])
+    def test_a_full_disk_is_one_line_and_leaves_no_model(self, balms, chain, tmp_path, monkeypatch, place):
+        from balms_cli.engine import checkpoint
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        if place == "fsync":
+            monkeypatch.setattr(os, "fsync", full)
+        else:
+            monkeypatch.setattr(checkpoint, "write_bytes", full)
+        out = tmp_path / "run"
+        assert "No space left" in error_of(balms("pretrain", chain.manifest, *SMALL, "--out", out), 3)
+        assert not (out / "model.safetensors").exists() and not list(out.glob(".*"))
+
+    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+    def test_a_read_only_out_is_one_line(self, balms, chain, tmp_path):
+        (tmp_path / "ro").mkdir(mode=0o500)
+        assert "cannot write" in error_of(balms("pretrain", chain.manifest, *SMALL, "--out", tmp_path / "ro" / "x"), 2)
+
+    def test_out_below_a_file_is_one_line(self, balms, chain, tmp_path):
+        (tmp_path / "file").write_text("")
+        assert "cannot write" in error_of(balms("pretrain", chain.manifest, *SMALL, "--out", tmp_path / "file" / "x"), 2)
+
+
+def test_a_bug_of_ours_is_exit_1_and_the_traceback_comes_with_debug(balms, chain, monkeypatch):
+    from balms_cli.stages import evaluate
+
+    monkeypatch.setattr(evaluate, "summarise", lambda *_: 1 / 0)
+    assert "ZeroDivisionError" in error_of(balms("evaluate", chain.pretrained, "--quiet"), 1)
+    assert "Traceback" in balms("evaluate", chain.pretrained, "--quiet", "--debug").err
