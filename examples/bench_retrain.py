@@ -23,6 +23,7 @@ import warnings
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ import torch.nn.functional as F
 import typer
 
 from balms_cli.config import MakeLTConfig, RetrainConfig
+from balms_cli.data.features import FeatureBank
+from balms_cli.data.images import load_pixels
 from balms_cli.data.longtail import class_counts_exponential
 from balms_cli.data.samplers import ClassIndex, batches
 from balms_cli.engine.optim import Guard, make_sgd
@@ -38,6 +41,10 @@ from balms_cli.losses import BalancedSoftmaxLoss
 from balms_cli.meta.sampler import MetaSampler
 from balms_cli.models.classifiers import linear_head
 from balms_cli.models.resnet_cifar import ResNetCifar
+from balms_cli.reporter import Reporter
+from balms_cli.stages import make_lt
+from balms_cli.stages.decoupled import plain_step, sampler_step
+from balms_cli.stages.features import Features, bank_reader
 
 BATCH, STEPS, ROUNDS, TIMED, WARMUP = 512, 2000, 5, 20, 2
 
@@ -51,23 +58,15 @@ def load_images(data_root: Path | None) -> tuple[torch.Tensor, torch.Tensor, str
     if data_root is None:
         labels = labels_of(class_counts_exponential(5000, 10, 200))
         return torch.randint(0, 256, (len(labels), 3, 32, 32), dtype=torch.uint8), labels, "random images"
-    from balms_cli.data.images import load_pixels
-    from balms_cli.reporter import Reporter
-    from balms_cli.stages.make_lt import run
-
     with tempfile.TemporaryDirectory() as workspace:
         config = MakeLTConfig(source="cifar10", imbalance=200, data_root=str(data_root), offline=True)
-        manifest = run(config, Path(workspace)).manifest
+        manifest = make_lt.run(config, Path(workspace)).manifest
         pixels = torch.from_numpy(np.ascontiguousarray(load_pixels(manifest, "train", 32, Reporter())))
     return pixels, torch.from_numpy(manifest.splits["train"].labels), f"CIFAR-10-LT IF 200, sha256 {manifest.sha256[:12]}"
 
 
 def stage_step(features: torch.Tensor, labels: torch.Tensor, *, meta: bool):
     """The step function of the stage itself, on a bank of one view an image, with its head and guard."""
-    from balms_cli.stages.decoupled import plain_step, sampler_step
-    from balms_cli.stages.features import Features, bank_reader
-    from balms_cli.data.features import FeatureBank
-
     ones = torch.ones(len(labels), dtype=torch.int64)
     bank = FeatureBank(features, torch.arange(len(labels)), ones)
     index = ClassIndex(labels, 10)
@@ -158,7 +157,10 @@ def peak_growth(n_factor: int) -> int:
     return peak
 
 
-def main(data_root: Path | None = typer.Argument(None), json: Path | None = typer.Option(None, help="Write the result here.")):
+def main(
+    data_root: Annotated[Path | None, typer.Argument(help="Folder with cifar10.zip or the like.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result here too.")] = None,
+):
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     pixels, labels, data = load_images(data_root)

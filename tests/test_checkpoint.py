@@ -38,7 +38,7 @@ def test_the_header_says_what_a_later_stage_must_know(chain):
 
 
 def test_a_checkpoint_loads_as_it_was(chain):
-    model, header = load_model(chain.pretrained / "model.safetensors")
+    model, _ = load_model(chain.pretrained / "model.safetensors")
     stored = load_file(chain.pretrained / "model.safetensors")
     assert all(torch.equal(stored[k], v) for k, v in model.state_dict().items()) and not model.training
     assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
@@ -72,7 +72,7 @@ def test_a_wrong_header_is_refused(chain, tmp_path, change, told):
 
 def test_a_foreign_safetensors_file_is_told_what_it_is_good_for(tmp_path):
     save_file({"w": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="not written by balms.*--weights"):
+    with pytest.raises(CheckpointError, match=r"not written by balms.*--weights"):
         read_header(tmp_path / "x.safetensors")
 
 

@@ -41,7 +41,17 @@ class TestStreams:
         trained = balms("pretrain", "-", *SMALL, "--json", stdin=json.dumps(made))
         assert json.loads(trained.out)["steps"] == 12
         scored = json.loads(balms("evaluate", "-", "--json", "--quiet", stdin=trained.out).out)
-        assert set(scored) >= {"top1", "top5", "balanced_accuracy", "many", "medium", "few", "per_class", "run", "manifest_sha256"}
+        assert set(scored) >= {
+            "top1",
+            "top5",
+            "balanced_accuracy",
+            "many",
+            "medium",
+            "few",
+            "per_class",
+            "run",
+            "manifest_sha256",
+        }
         assert [c["name"] for c in scored["per_class"]] == ["cat", "dog", "emu"] and scored["many"] is None
 
     def test_several_runs_side_by_side(self, balms, chain):
@@ -187,14 +197,19 @@ class TestMetaSample:
         mean = sum(values) / 3
         assert document["variance"] == pytest.approx(sum((v - mean) ** 2 for v in values) / 3, abs=1e-6)
         rows = (folder / "rates.csv").read_text().splitlines()
-        assert rows[0] == "class,train_count,rate" and [r.split(",")[:2] for r in rows[1:]] == [["cat", "32"], ["dog", "12"], ["emu", "5"]]
+        assert rows[0] == "class,train_count,rate" and [r.split(",")[:2] for r in rows[1:]] == [
+            ["cat", "32"],
+            ["dog", "12"],
+            ["emu", "5"],
+        ]
         assert Image.open(folder / "rates.png").width > 600
         used = Path(balms("retrain", chain.pretrained, *FEW, "--sampler", folder / "rates.json").out.strip())
         assert json.loads((used / "report.json").read_text())["sampler"].endswith("rates.json")
         assert balms("meta-sample", "--resume", folder).out.strip() == str(folder)
 
     def test_rates_of_other_classes_or_of_nothing_are_refused(self, balms, chain, tmp_path):
-        for text, told in (('{"rates": {"cat": 0.5}}', "classes are not"), ("{}", "not a rates.json"), ("[1]", "not a rates.json"),
+        for text, told in (('{"rates": {"cat": 0.5}}', "classes are not"), ("{}", "not a rates.json"),
+                           ("[1]", "not a rates.json"),
                            ('{"rates": {"cat": 0.5, "dog": -1, "emu": 0.5}}', "above 0")):  # fmt: skip
             (tmp_path / "r.json").write_text(text)
             assert told in error_of(balms("retrain", chain.pretrained, *FEW, "--sampler", tmp_path / "r.json"), 3)

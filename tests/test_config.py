@@ -12,7 +12,8 @@ from balms_cli.errors import ConfigError
 def test_later_layers_win_and_every_value_knows_its_source(tmp_path):
     file = tmp_path / "exp.toml"
     file.write_text("[retrain]\nsteps = 30\nlr = 0.3\n")
-    found = resolve("retrain", preset=("quick", {"steps": 20, "lr": 0.2, "batch_size": 64}), file=(file, read_file(file, "retrain")[0]),
+    found = resolve("retrain", preset=("quick", {"steps": 20, "lr": 0.2, "batch_size": 64}),
+                    file=(file, read_file(file, "retrain")[0]),
                     flags={"lr": 0.4}, sets={"views": 9})  # fmt: skip
     config = found.config
     assert (config.batch_size, config.steps, config.lr, config.views, config.momentum) == (64, 30, 0.4, 9, 0.9)

@@ -115,9 +115,7 @@ def test_all_bad_images_are_named(tmp_path: Path) -> None:
     assert dict(check_images(source, threads=2)) == expected
     manifest = manifest_of(tmp_path / "photos", tmp_path / "w", check=False, test_fraction=0.01)
     (tmp_path / "photos" / manifest.splits["train"].keys[0]).unlink()
-    with pytest.raises(
-        DataError, match=r"of \d+ images cannot be read: .*missing.*--skip-bad leaves them out"
-    ) as caught:
+    with pytest.raises(DataError, match=r"of \d+ images cannot be read: .*missing.*--skip-bad leaves them out") as caught:
         load_pixels(manifest, "train", 8)
     assert "\n" not in str(caught.value)
 

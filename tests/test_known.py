@@ -118,9 +118,7 @@ def test_official_archive_and_batches(tmp_path: Path) -> None:
     source = open_source(MakeLTConfig(source="fake", data_root=str(tar.parent)), Reporter(), {"fake": archive})
     assert (source.kind, sizes(source), len(source.test)) == ("cifar", {"c0": 6, "c1": 6}, 4)
     assert len({key for key, _ in source.train}) == 12
-    again = open_source(
-        MakeLTConfig(source="fake", offline=True), Reporter(), {"fake": archive}
-    )  # unpacked in the cache
+    again = open_source(MakeLTConfig(source="fake", offline=True), Reporter(), {"fake": archive})  # unpacked in the cache
     assert again == source
     tar.write_bytes(tar.read_bytes()[:400])
     with pytest.raises(DataError, match="damaged"):
@@ -179,9 +177,7 @@ def test_download_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("honours_range", [True, False])
-def test_download_goes_on_where_it_broke_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, honours_range: bool
-) -> None:
+def test_download_goes_on_where_it_broke_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, honours_range: bool) -> None:
     archive, tar, _ = fake_cifar(tmp_path / "made")
     content = tar.read_bytes()
     with web_server(content, breaks=1, honours_range=honours_range) as server:

@@ -32,9 +32,7 @@ def test_round_trip(tmp_path: Path) -> None:
     for place in (tmp_path / "new" / "m", tmp_path / "new" / "m" / "manifest.json"):
         back = Manifest.load(place)
         assert back.path == tmp_path / "new" / "m"
-        header = (
-            "name source classes class_counts imbalance imbalance_factor sha256 image_size skipped untested created"
-        )
+        header = "name source classes class_counts imbalance imbalance_factor sha256 image_size skipped untested created"
         for name in header.split():
             assert getattr(back, name) == getattr(manifest, name), name
         assert back.splits["train"].keys == manifest.splits["train"].keys

@@ -41,10 +41,15 @@ def test_a_broken_first_stage_stops_the_pipe_with_one_line_each(tmp_path):
     assert len(told) == 2 and "nowhere" in told[0] + told[1] and any("printed no path" in line for line in told)
 
 
+def start(arguments, tmp_path):
+    """A balms process with its streams captured."""
+    return subprocess.Popen([*BALMS, *map(str, arguments)], env=environment(tmp_path), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
 def start_long_run(chain, out, tmp_path, steps=4000):
     options = [*SMALL[:4], "--steps", str(steps), "--batch-size", "16", "--set", "checkpoint_seconds=0.1"]
-    process = subprocess.Popen([*BALMS, "pretrain", str(chain.manifest), *options, "--out", str(out)], env=environment(tmp_path),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = start(["pretrain", chain.manifest, *options, "--out", out], tmp_path)
     deadline = time.monotonic() + 60
     while not (out / "resume.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -69,20 +74,24 @@ def test_a_killed_run_is_resumed_to_what_it_would_have_been(chain, tmp_path):
     process.kill()
     process.communicate()
     assert not (out / "model.safetensors").exists()
-    resumed = subprocess.run([*BALMS, "pretrain", "--resume", str(out), "-q"], env=environment(tmp_path), capture_output=True, text=True,
-                             check=False)  # fmt: skip
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = start(["pretrain", "--resume", out, "-q"], tmp_path)
     whole = tmp_path / "whole"
-    options = [*SMALL[:4], "--steps", "600", "--batch-size", "16"]
-    subprocess.run([*BALMS, "pretrain", str(chain.manifest), *options, "--out", str(whole), "-q"], env=environment(tmp_path), check=True,
-                   stdout=subprocess.DEVNULL)  # fmt: skip
+    once = start(["pretrain", chain.manifest, *SMALL[:4], "--steps", 600, "--batch-size", "16", "--out", whole, "-q"], tmp_path)
+    for process in (resumed, once):
+        _, stderr = process.communicate()
+        assert process.returncode == 0, stderr
     ours, theirs = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
 def test_completion_offers_subcommands_and_values():
     def complete(words, count):
-        env = os.environ | {"_BALMS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(count), "_TYPER_COMPLETE_TESTING": "1"}
+        env = os.environ | {
+            "_BALMS_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(count),
+            "_TYPER_COMPLETE_TESTING": "1",
+        }
         code = "import sys; sys.argv = ['balms']; from balms_cli.cli.app import app; app(prog_name='balms')"
         return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False).stdout.split()
 
@@ -120,8 +129,8 @@ def test_balanced_softmax_finds_the_rare_classes_of_cifar10(tmp_path):
 
     data = shell(f"{balms} make-lt cifar10 --imbalance 200 --data-root '{root}' -q")
     first = shell(f"{balms} pretrain {data} --steps 300 -q")
-    runs = [shell(f"{balms} retrain {first} {options} --steps 500 -q") for options in
-            ("--loss softmax", "--loss balanced", "--loss balanced --sampler class", "--loss balanced --meta-sampler")]  # fmt: skip
+    rows = ("--loss softmax", "--loss balanced", "--loss balanced --sampler class", "--loss balanced --meta-sampler")
+    runs = [shell(f"{balms} retrain {first} {options} --steps 500 -q") for options in rows]
     found = [r["rarest3"] for r in json.loads(shell(f"{balms} evaluate {' '.join(runs)} --json -q"))["runs"]]
     softmax, balanced, over, meta = found
     assert balanced > softmax + 0.2 and over > softmax + 0.2 and meta > softmax + 0.2

@@ -42,7 +42,9 @@ def test_bank_rows_are_the_features_of_the_views_that_were_planned(chain):
     views = torch.tensor([1, 3, 2, 1, 4])
     mean, std = torch.tensor(header.mean), torch.tensor(header.std)
     bank = build_bank(model.backbone, pixels, views, mean, std, ops=["crop", "flip"], seed=3, batch_size=4, reporter=Reporter())
-    other = build_bank(model.backbone, pixels, views, mean, std, ops=["crop", "flip"], seed=3, batch_size=11, reporter=Reporter())
+    other = build_bank(
+        model.backbone, pixels, views, mean, std, ops=["crop", "flip"], seed=3, batch_size=11, reporter=Reporter()
+    )
     assert bank.features.shape == (11, 64) and torch.allclose(bank.features, other.features, atol=1e-5)
     assert bank.starts.tolist() == [0, 1, 4, 6, 7]
     assert not torch.allclose(bank.features[1], bank.features[2])  # two views of image 1
@@ -81,7 +83,9 @@ def test_a_damaged_bank_is_computed_again(chain, tmp_path):
     for kept in (chain.pretrained / "features").iterdir():
         kept.write_bytes(b"rubbish")
     second = run("retrain", chain.pretrained, *FEW, "--set", "views=4", "--out", tmp_path / "b")
-    assert all(torch.equal(v, load_file(second / "model.safetensors")[k]) for k, v in load_file(first / "model.safetensors").items())
+    assert all(
+        torch.equal(v, load_file(second / "model.safetensors")[k]) for k, v in load_file(first / "model.safetensors").items()
+    )
 
 
 @pytest.mark.parametrize("learner", ["--meta-sampler", "--meta-reweigher"])
@@ -89,7 +93,9 @@ def test_a_damaged_bank_is_computed_again(chain, tmp_path):
 def test_three_hypergradients_lead_to_the_same_rates(chain, tmp_path, learner, loss):
     rates = []
     for route in ("closed-form", "jvp", "higher"):
-        folder = run("retrain", chain.pretrained, *FEW, learner, "--loss", loss, "--hypergradient", route, "--out", tmp_path / route)
+        folder = run(
+            "retrain", chain.pretrained, *FEW, learner, "--loss", loss, "--hypergradient", route, "--out", tmp_path / route
+        )
         rates.append(list(json.loads((folder / "rates.json").read_text())["rates"].values()))
     assert rates[1] == pytest.approx(rates[0], abs=2e-3) and rates[2] == pytest.approx(rates[0], abs=2e-3)
     assert max(abs(r - 0.5) for r in rates[0]) > 0.01  # they moved
@@ -108,7 +114,8 @@ def log_share(values):
 
 @pytest.mark.parametrize("options, prior", [
     (["--loss", "softmax"], [32, 12, 5]), (["--loss", "balanced"], [1, 1, 1]),
-    (["--loss", "softmax", "--sampler", "class"], [1, 1, 1]), (["--loss", "balanced", "--sampler", "class"], [1 / 32, 1 / 12, 1 / 5]),
+    (["--loss", "softmax", "--sampler", "class"], [1, 1, 1]),
+    (["--loss", "balanced", "--sampler", "class"], [1 / 32, 1 / 12, 1 / 5]),
     (["--loss", "balanced", "--loss-exponent", "0"], [32, 12, 5]),
 ])  # fmt: skip
 def test_the_header_states_the_prior_that_raw_logits_mean(chain, tmp_path, options, prior):
@@ -128,7 +135,10 @@ def test_a_held_out_meta_set_is_used_when_asked_for(chain, tmp_path):
     made = invoke("make-lt", chain.photos, "--imbalance", "4", "--meta-per-class", "2", "--workspace", tmp_path, "--json", "-q")
     assert json.loads(made.out)["splits"]["meta"] == 6
     pretrained = run("pretrain", json.loads(made.out)["manifest"], *SMALL, "--workspace", tmp_path)
-    folders = [run("retrain", pretrained, *FEW, "--meta-sampler", "--meta-set", kind, "--workspace", tmp_path) for kind in ("train", "meta")]
+    folders = [
+        run("retrain", pretrained, *FEW, "--meta-sampler", "--meta-set", kind, "--workspace", tmp_path)
+        for kind in ("train", "meta")
+    ]
     assert (folders[0] / "rates.json").read_text() != (folders[1] / "rates.json").read_text()
 
 
