@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from balms_cli.engine.checkpoint import load_model, write_bytes
+from balms_cli.data.aside import replace_file
+from balms_cli.engine.checkpoint import load_model
 from balms_cli.engine.header import read_header
 from balms_cli.errors import CheckpointError, ConfigError, DataError
 from balms_cli.models.backbones import build_backbone, load_weights
@@ -77,10 +78,10 @@ def test_a_foreign_safetensors_file_is_told_what_it_is_good_for(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    write_bytes(tmp_path / "f", b"old")
+    replace_file(tmp_path / "f", b"old")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError):
-        write_bytes(tmp_path / "f", b"new")
+    with pytest.raises(DataError, match="No space left"):
+        replace_file(tmp_path / "f", b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_bytes() == b"old"
 
 

@@ -310,7 +310,7 @@ class TestBadInput:
         if place == "fsync":
             monkeypatch.setattr(os, "fsync", full)
         else:
-            monkeypatch.setattr(checkpoint, "write_bytes", full)
+            monkeypatch.setattr(checkpoint, "replace_file", full)
         out = tmp_path / "run"
         assert "No space left" in error_of(balms("pretrain", chain.manifest, *SMALL, "--out", out), 3)
         assert not (out / "model.safetensors").exists() and not list(out.glob(".*"))

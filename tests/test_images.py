@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import fake_cifar, picture, tree
 from PIL import Image
 
 from balms_cli.config import MakeLTConfig
@@ -16,6 +15,8 @@ from balms_cli.data.sources import open_source
 from balms_cli.errors import DataError
 from balms_cli.reporter import Reporter
 from balms_cli.stages import make_lt
+
+from .data_helpers import fake_cifar, picture, tree
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 

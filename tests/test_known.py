@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data_helpers import Listener, fake_cifar, tree, web_server
 
 from balms_cli.config import MakeLTConfig
 from balms_cli.data import known, unpack
 from balms_cli.data.sources import Source, open_source
 from balms_cli.errors import ConfigError, DataError
 from balms_cli.reporter import Reporter
+
+from .data_helpers import Listener, fake_cifar, tree, web_server
 
 
 @pytest.fixture(autouse=True)

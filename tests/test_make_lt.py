@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import Listener, picture, tree
 
 from balms_cli.config import MakeLTConfig
 from balms_cli.data.images import load_pixels
 from balms_cli.data.manifest import Manifest, newest_manifest
 from balms_cli.errors import ConfigError, DataError
 from balms_cli.stages.make_lt import Result, run
+
+from .data_helpers import Listener, picture, tree
 
 REAL = os.environ.get("BALMS_TEST_DATA")
 

@@ -5,12 +5,13 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from data_helpers import Listener, picture, tree
 
 from balms_cli.config import MakeLTConfig
 from balms_cli.data.sources import Source, open_source, split_test
 from balms_cli.errors import DataError
 from balms_cli.reporter import Reporter
+
+from .data_helpers import Listener, picture, tree
 
 
 def open_(source: Path | str, **options: object) -> Source:

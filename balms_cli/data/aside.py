@@ -89,11 +89,17 @@ def folder_aside(target: Path, *, keep_existing: bool = False) -> Iterator[Path]
             _remove_empty(made)
 
 
-def replace_file(target: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) to ``target`` through a temporary sibling. Raises: see :func:`write_error`."""
+def replace_file(target: Path, content: str | bytes) -> None:
+    """Write aside, to the disk, then move into place: a reader sees the old file or the new one, never half of one.
+
+    Text is written as UTF-8. Raises: see :func:`write_error`.
+    """
     aside = target.with_name(f".new-{os.getpid()}-{target.name}")
     try:
-        aside.write_text(text, encoding="utf-8", newline="")
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, target)
     except OSError as error:
         raise write_error(error, target) from error

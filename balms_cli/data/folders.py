@@ -47,9 +47,7 @@ def _is_split(train: Path, test: Path) -> bool:
     if not train.is_dir():
         return False
     entries = [entry for entry in os.scandir(train) if not entry.name.startswith(".")]
-    return any(entry.is_dir() for entry in entries) and (
-        test.is_dir() or not any(_is_image(entry.name) for entry in entries)
-    )
+    return any(entry.is_dir() for entry in entries) and (test.is_dir() or not any(_is_image(entry.name) for entry in entries))
 
 
 def _is_image(name: str) -> bool:

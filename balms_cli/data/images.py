@@ -41,9 +41,7 @@ def load_pixels(
     return _load_files(manifest, part, split, size, reporter, threads)
 
 
-def _load_files(
-    manifest: Manifest, part: Split, split: str, size: int, reporter: Reporter, threads: int | None
-) -> np.ndarray:
+def _load_files(manifest: Manifest, part: Split, split: str, size: int, reporter: Reporter, threads: int | None) -> np.ndarray:
     root = Path(manifest.source["root"])
     if not root.is_dir():
         raise DataError(f"the images' folder {root} is gone; bring it back, or run balms make-lt on its new place")
@@ -63,9 +61,7 @@ def _load_files(
     return pixels
 
 
-def check_images(
-    source: Source, reporter: Reporter | None = None, *, threads: int | None = None
-) -> list[tuple[str, str]]:
+def check_images(source: Source, reporter: Reporter | None = None, *, threads: int | None = None) -> list[tuple[str, str]]:
     """Decode every image of a folder or list source once, in full. Returns: (key, reason) of the bad ones, in order."""
     keys = list(dict.fromkeys(key for key, _ in source.train + (source.test or [])))
     real_root = os.path.realpath(source.root)

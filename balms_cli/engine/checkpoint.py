@@ -1,7 +1,6 @@
 """Weights in and out: ``model.safetensors`` (complete, for the next stage) and ``resume.pt`` (to go on with this one)."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +8,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ..data.aside import replace_file
 from ..errors import CheckpointError, one_line
 from ..models.backbones import build_backbone
 from ..models.classifiers import Classifier, linear_head
 from .header import Header, read_header
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write aside, then move into place: a reader sees the old file or the new one, never half of one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
 def save_model(path: Path, model: Classifier, header: Header) -> None:
     """Weights and header as one safetensors file."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    write_bytes(path, save(tensors, metadata=header.to_metadata()))
+    replace_file(path, save(tensors, metadata=header.to_metadata()))
 
 
 def load_model(path: Path) -> tuple[Classifier, Header]:
@@ -60,7 +46,7 @@ def save_resume(path: Path, state: dict[str, Any]) -> None:
     """Tensors, dicts and plain types only, so that it loads with ``weights_only=True``."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_bytes(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue())
 
 
 def load_resume(path: Path) -> dict[str, Any]:

@@ -32,9 +32,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"--device {name} cannot be used here ({one_line(error)}); try --device auto"
-        ) from None
+        raise ConfigError(f"--device {name} cannot be used here ({one_line(error)}); try --device auto") from None
     return device
 
 

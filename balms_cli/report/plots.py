@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..engine.checkpoint import write_bytes
+from ..data.aside import replace_file
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
@@ -27,7 +27,7 @@ def _save(figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     pyplot.close(figure)
-    write_bytes(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue())
 
 
 def rates_chart(documents: dict[str, dict[str, Any]], path: Path) -> None:

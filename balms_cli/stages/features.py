@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..config import RetrainConfig
+from ..data.aside import replace_file
 from ..data.features import FeatureBank, build_bank, online_features, plan_views
 from ..data.manifest import Manifest
 from ..data.samplers import ClassIndex, mix
-from ..engine.checkpoint import write_bytes
 from ..engine.header import Header, sha256_of
 from ..engine.runtime import Runtime
 from ..errors import BalmsError
@@ -93,6 +93,6 @@ def _keep_bank(path: Path, bank: FeatureBank, reporter: Reporter) -> None:
     """A convenience: where it cannot be kept (read-only run, full disk) the next retrain computes it again."""
     try:
         path.parent.mkdir(exist_ok=True)
-        write_bytes(path, save({"features": bank.features.cpu()}))
+        replace_file(path, save({"features": bank.features.cpu()}))
     except (OSError, BalmsError) as error:
         reporter.note(f"the feature bank is not kept for next time ({error})")

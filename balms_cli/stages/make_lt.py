@@ -127,9 +127,7 @@ def _draw(source: Source, config: MakeLTConfig, imbalance: float | None, reporte
     return {name: items for name, items in splits.items() if items or name in ("train", "test")}
 
 
-def _counts(
-    source: Source, config: MakeLTConfig, imbalance: float | None, have: np.ndarray, reporter: Reporter
-) -> np.ndarray:
+def _counts(source: Source, config: MakeLTConfig, imbalance: float | None, have: np.ndarray, reporter: Reporter) -> np.ndarray:
     """Training images a class: what the profile asks for, where the class has them; int64 [C]."""
     if imbalance is None:
         return have if config.head_size is None else np.minimum(have, config.head_size)
@@ -221,10 +219,13 @@ def show(manifest: Manifest, reporter: Reporter) -> None:
     shown = [float(counts[i]) for i in picked]
     title = "training images a class" + ("" if k <= 20 else f" ({len(picked)} of {k} classes)")
     reporter.bars(title, names, shown, [f"{counts[i]:,}" for i in picked])
+    # Counts are whole numbers, so the smallest class may make the factor larger than the one asked for.
+    exact = manifest.imbalance is None or abs(manifest.imbalance_factor / manifest.imbalance - 1) < 0.005
+    asked = "" if exact else f" (asked for: {manifest.imbalance:g})"
     many, medium, few = (int((groups == group).sum()) for group in longtail.GROUPS)
     reporter.note(
         f"{counts.sum():,} training images in {k} classes, from {counts.max():,} to {counts.min():,}: imbalance factor "
-        f"{manifest.imbalance_factor:.4g}, Gini {longtail.gini(counts):.2f}; many-shot {many}, medium-shot {medium}, "
+        f"{manifest.imbalance_factor:.4g}{asked}, Gini {longtail.gini(counts):.2f}; many-shot {many}, medium-shot {medium}, "
         f"few-shot {few} classes"
     )
     if manifest.untested:
