@@ -30,7 +30,7 @@ def regression(steps=300, stop_at=None, spoil_at=None):
         value = (model(x) - x.sum(1, keepdim=True)).square().mean() * (float("inf") if i == spoil_at else 1)
         optimizer.zero_grad()
         value.backward()
-        guard.step(optimizer, value)
+        guard.step(value, optimizer)
         if i == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
         return value.detach()
@@ -176,9 +176,9 @@ def test_every_stage_resumes_bit_for_bit(chain, tmp_path, monkeypatch, name, cut
 
     taken, step = [], Guard.step
 
-    def stop_after_cut(self, optimizer, loss):
-        step(self, optimizer, loss)
-        if isinstance(optimizer, torch.optim.SGD):
+    def stop_after_cut(self, loss, *optimizers):
+        step(self, loss, *optimizers)
+        if any(isinstance(optimizer, torch.optim.SGD) for optimizer in optimizers):
             taken.append(1)
             if len(taken) == cut:
                 os.kill(os.getpid(), signal.SIGINT)

@@ -42,12 +42,11 @@ class ClassIndex:
         """Image indices [B] from a class and a position within it."""
         return self.order[self.starts[classes_B] + positions_B]
 
-    def draw(self, law_C: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
-        """``batch_size`` images with replacement: a class by ``law_C``, then an image of it uniformly."""
-        u_B2 = torch.rand(batch_size, 2, generator=generator, device=law_C.device, dtype=torch.float64)
-        edges_C = law_C.cumsum(0)
-        classes_B = torch.searchsorted(edges_C, u_B2[:, 0] * edges_C[-1], right=True).clamp_(max=len(law_C) - 1)
-        return self.images(classes_B, (u_B2[:, 1] * self.counts[classes_B]).long())
+    def draw(self, edges_C: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+        """``batch_size`` images with replacement: a class by the cumulative law ``edges_C``, then an image uniformly."""
+        u_2B = torch.rand(2, batch_size, generator=generator, device=edges_C.device, dtype=torch.float64)
+        classes_B = torch.searchsorted(edges_C, u_2B[0] * edges_C[-1], right=True).clamp_(max=len(edges_C) - 1)
+        return self.images(classes_B, (u_2B[1] * self.counts[classes_B]).long())
 
 
 def class_law(name: str, counts_C: Tensor, progress: float = 1.0) -> Tensor:
@@ -79,12 +78,14 @@ def batches(name: str, index: ClassIndex, batch_size: int, steps: int, seed: int
     generator = torch.Generator(device)
 
     def draw(step: int) -> Tensor:
-        law_C = fixed_C if fixed_C is not None else class_law(name, index.counts, step / max(1, steps - 1))
-        return index.draw(law_C, batch_size, generator.manual_seed(mix(seed, 1, step)))
+        edges_C = fixed_C if fixed_C is not None else class_law(name, index.counts, step / max(1, steps - 1)).cumsum(0)
+        return index.draw(edges_C, batch_size, generator.manual_seed(mix(seed, 1, step)))
 
-    fixed_C = rates_law(rates_C, index.counts) if rates_C is not None else None
-    if fixed_C is None and name != "progressive":
-        fixed_C = class_law(name, index.counts)
+    fixed_C = None
+    if rates_C is not None:
+        fixed_C = rates_law(rates_C, index.counts).cumsum(0)
+    elif name != "progressive":
+        fixed_C = class_law(name, index.counts).cumsum(0)
     return draw
 
 

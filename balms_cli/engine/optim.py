@@ -38,14 +38,18 @@ class Guard:
         self.bad = torch.zeros((), device=device)
         self.step_now = 0
 
-    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        """One optimizer step, unless ``loss`` (any shape) is not finite or an earlier one was not."""
-        self.bad = torch.maximum(self.bad, 1 - torch.isfinite(loss.detach()).all().float())
+    def step(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+        """A step of each optimizer, unless ``loss`` (a scalar) is not finite or an earlier one was not."""
         if self.bad.device.type == "cpu":
-            self.check()
+            if not math.isfinite(loss.item()):
+                self.bad.fill_(1)
+                self.check()
         else:
-            optimizer.found_inf = self.bad
-        optimizer.step()
+            self.bad = torch.maximum(self.bad, 1 - torch.isfinite(loss.detach()).float())
+            for optimizer in optimizers:
+                optimizer.found_inf = self.bad
+        for optimizer in optimizers:
+            optimizer.step()
 
     def check(self) -> None:
         """Raises DivergedError (exit 5) when a loss was not finite."""

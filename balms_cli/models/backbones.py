@@ -3,10 +3,12 @@
 torchvision is imported inside the functions: it costs a second, and the CIFAR networks do without it.
 """
 
+import json
 import os
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError, DataError, one_line
@@ -44,15 +46,17 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
     return network
 
 
-def load_weights(backbone: nn.Module, name: str, weights: str, *, offline: bool) -> tuple[tuple, tuple]:
+def load_weights(backbone: nn.Module, name: str, weights: str, *, offline: bool) -> tuple[tuple | None, tuple | None]:
     """Fill ``backbone`` from a file or from torchvision's ImageNet weights; returns the channel mean and std they expect.
 
+    A checkpoint of balms says them itself; another file of a torchvision network is taken to be trained on ImageNet; of a
+    CIFAR network's file nothing is known (None: take those of the data).
     Raises DataError (no file, no network), CheckpointError (unreadable, or not weights of this network).
     """
     if weights == "imagenet":
         state, mean, std = _imagenet_state(name, offline)
     else:
-        state, (mean, std) = _file_state(Path(weights)), (IMAGENET_MEAN, IMAGENET_STD)
+        state, (mean, std) = _file_state(Path(weights)), _file_normalisation(Path(weights), name)
     own = backbone.state_dict()
     wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
@@ -77,7 +81,7 @@ def _imagenet_state(name: str, offline: bool) -> tuple[dict, tuple, tuple]:
         raise ConfigError(f"there are no ImageNet weights for {name}; choose a torchvision backbone such as resnet18")
     weights = _torchvision().get_model_weights(name).DEFAULT
     cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-    if not cached.is_file() and (offline or os.environ.get("BALMS_OFFLINE") == "1"):
+    if not cached.is_file() and (offline or os.environ.get("BALMS_OFFLINE", "") not in ("", "0")):
         raise DataError(f"offline, and {cached} is not there; put {weights.url} in that place or give --weights FILE")
     try:
         state = weights.get_state_dict(progress=False, check_hash=True)
@@ -85,6 +89,15 @@ def _imagenet_state(name: str, offline: bool) -> tuple[dict, tuple, tuple]:
         raise DataError(f"cannot fetch {weights.url} ({error}); put it at {cached} or give --weights FILE") from None
     preset = weights.transforms()
     return state, tuple(preset.mean), tuple(preset.std)
+
+
+def _file_normalisation(path: Path, name: str) -> tuple[tuple | None, tuple | None]:
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("balms", "{}"))
+        if "mean" in header and "std" in header:
+            return tuple(header["mean"]), tuple(header["std"])
+    return (None, None) if name in CIFAR_NAMES else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _file_state(path: Path) -> dict[str, torch.Tensor]:

@@ -99,7 +99,7 @@ def plain_step(head, optimizer, loss, data: Features, draw) -> Callable[[int, Gu
         value = loss(head(data.read(images_B, i, _TRAIN_VIEWS)), data.labels[images_B])
         optimizer.zero_grad()
         value.backward()
-        guard.step(optimizer, value)
+        guard.step(value, optimizer)
         return value.detach()
 
     return step
@@ -116,12 +116,12 @@ def sampler_step(config, head, optimizer, loss, sampler: MetaSampler, adam, data
         features_BD = data.read(data.index.images(drawn.classes_B, drawn.positions_B), i, _TRAIN_VIEWS)
         seen = ahead(i, (features_BD, drawn.classes_B), None)
         sampler.theta.grad = sampler.gradient(drawn, seen.influence_B)
-        guard.step(adam, seen.influence_B)
         # Drawn examples weigh one each, so the gradient that looked ahead is the one of the real step.
         for name, parameter in head.named_parameters():
             parameter.grad = seen.grads[name]
-        guard.step(optimizer, seen.losses_B)
-        return seen.losses_B.mean()
+        value = seen.losses_B.mean()
+        guard.step(value + seen.meta_loss, adam, optimizer)
+        return value
 
     return step
 
@@ -136,11 +136,11 @@ def reweigher_step(config, head, optimizer, loss, reweigher: MetaReweigher, adam
         features_BD, targets_B = data.read(images_B, i, _TRAIN_VIEWS), data.labels[images_B]
         seen = ahead(i, (features_BD, targets_B), reweigher.weights(targets_B))
         reweigher.theta.grad = reweigher.gradient(targets_B, seen.influence_B)
-        guard.step(adam, seen.influence_B)
+        guard.step(seen.meta_loss, adam)
         value = (loss.per_example(head(features_BD), targets_B) * reweigher.weights(targets_B)).mean()
         optimizer.zero_grad()
         value.backward()
-        guard.step(optimizer, value)
+        guard.step(value, optimizer)
         return value.detach()
 
     return step
@@ -149,13 +149,14 @@ def reweigher_step(config, head, optimizer, loss, reweigher: MetaReweigher, adam
 def _look_ahead(config, head, optimizer, loss, meta: Features):
     """Influence of a batch on the plain loss of a class-balanced meta batch, drawn with replacement."""
     uniform_C = torch.ones(len(meta.index.counts), dtype=torch.float64, device=meta.labels.device)
+    edges_C = uniform_C.cumsum(0)
     generator = torch.Generator(meta.labels.device)
     # Without prior: cross-entropy; for the sigmoid family, equal counts leave the plain binary cross-entropies.
     plain = BalancedSigmoidLoss(uniform_C.cpu()) if isinstance(loss, BalancedSigmoidLoss) else SoftmaxLoss()
     plain = plain.to(meta.labels.device)
 
     def ahead(i: int, batch: tuple[Tensor, Tensor], weights_B: Tensor | None):
-        images_M = meta.index.draw(uniform_C, config.meta_batch_size, generator.manual_seed(mix(config.seed, _META_DRAW, i)))
+        images_M = meta.index.draw(edges_C, config.meta_batch_size, generator.manual_seed(mix(config.seed, _META_DRAW, i)))
         meta_batch = (meta.read(images_M, i, _META_VIEWS), meta.labels[images_M])
         return influence(head, optimizer, loss, batch, meta_batch, weights_B=weights_B, meta_loss=plain,
                          method=config.hypergradient)  # fmt: skip

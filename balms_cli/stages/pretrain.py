@@ -104,7 +104,7 @@ def _job(config, model, loss, images, rates_C, mean, std, runtime) -> Job:
         value = loss(logits_BC, images.labels[images_B])
         optimizer.zero_grad()
         value.backward()
-        guard.step(optimizer, value)
+        guard.step(value, optimizer)
         return value.detach()
 
     def schedule(i: int) -> float:
