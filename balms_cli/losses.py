@@ -42,6 +42,14 @@ def _log_share(counts) -> Tensor:
     return (counts_C / counts_C.sum()).log()
 
 
+def log_softmax(logits_BC: Tensor) -> Tensor:
+    """log softmax over the classes [B, C]. torch's row kernel crawls where a row is shorter than a vector register; across
+    rows it does not (B 512, C 10 on an AVX-512 CPU: 83 against 13 microseconds)."""
+    if logits_BC.shape[1] < 24 and logits_BC.device.type == "cpu":
+        return logits_BC.t().contiguous().log_softmax(0).t()
+    return logits_BC.log_softmax(1)
+
+
 def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
@@ -54,10 +62,22 @@ class SoftmaxLoss(nn.Module):
 
     def __init__(self, class_counts=None):
         super().__init__()
+        self.register_buffer("offset_C", None, persistent=False)
+
+    def adjusted(self, logits_BC: Tensor) -> Tensor:
+        """The logits that training sees, at least float32."""
+        logits_BC = _at_least_float32(logits_BC)
+        return logits_BC if self.offset_C is None else logits_BC + self.offset_C.to(logits_BC)
 
     def per_example(self, logits_BC: Tensor, targets_B: Tensor) -> Tensor:
         """The B terms of the loss: [B]."""
-        return F.cross_entropy(_at_least_float32(logits_BC), targets_B, reduction="none")
+        return F.nll_loss(log_softmax(self.adjusted(logits_BC)), targets_B, reduction="none")
+
+    def with_gradient(self, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The B terms, and the derivative of each by its logits [B, C]: P - Y (eqs 52 and 57 of the supplement). No graph."""
+        log_p_BC = log_softmax(self.adjusted(logits_BC.detach()))
+        losses_B1 = -log_p_BC.gather(1, targets_B[:, None])
+        return losses_B1.squeeze(1), _minus_onehot(log_p_BC.exp_(), targets_B)
 
     def forward(self, logits_BC: Tensor, targets_B: Tensor) -> Tensor:
         """The mean over the batch: a scalar."""
@@ -78,11 +98,7 @@ class BalancedSoftmaxLoss(SoftmaxLoss):
 
     def __init__(self, class_counts, exponent: float = 1.0):
         super().__init__()
-        self.register_buffer("offset_C", exponent * _log_share(class_counts), persistent=False)
-
-    def per_example(self, logits_BC: Tensor, targets_B: Tensor) -> Tensor:
-        logits_BC = _at_least_float32(logits_BC)
-        return F.cross_entropy(logits_BC + self.offset_C.to(logits_BC), targets_B, reduction="none")
+        self.offset_C = exponent * _log_share(class_counts)
 
     def implied_log_prior(self, log_law_C: Tensor) -> Tensor:
         """Raw logits are right for the prior law_c * exp(-offset_c): uniform on the data, 1/n under CBS (A.5)."""
@@ -104,18 +120,27 @@ class BalancedSigmoidLoss(SoftmaxLoss):
             raise ValueError("the balanced sigmoid needs at least two classes: with one there is nothing to tell apart")
         log_odds_C = log_share_C - torch.log1p(-log_share_C.exp())  # log n_c / (n - n_c)
         # -log((n/k)/(n - n/k)) = log(k - 1): zero shift where every class has n/k images.
-        self.register_buffer("offset_C", log_odds_C + math.log(k - 1), persistent=False)
+        self.offset_C = log_odds_C + math.log(k - 1)
 
     def per_example(self, logits_BC: Tensor, targets_B: Tensor) -> Tensor:
-        logits_BC = _at_least_float32(logits_BC)
-        shifted_BC = logits_BC + self.offset_C.to(logits_BC)
-        onehot_BC = F.one_hot(targets_B, logits_BC.shape[1]).to(logits_BC)
+        shifted_BC = self.adjusted(logits_BC)
+        onehot_BC = F.one_hot(targets_B, logits_BC.shape[1]).to(shifted_BC)
         return F.binary_cross_entropy_with_logits(shifted_BC, onehot_BC, reduction="none").sum(1)
+
+    def with_gradient(self, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BC = logits_BC.detach()
+        sigmoid_BC = self.adjusted(logits_BC).sigmoid()
+        return self.per_example(logits_BC, targets_B), _minus_onehot(sigmoid_BC, targets_B)
 
     def implied_log_prior(self, log_law_C: Tensor) -> Tensor:
         """The same for k binary problems: odds of the law over the odds that the loss takes out, made to sum to one."""
         law_C = log_law_C.log_softmax(0).exp().clamp(1e-12, 1 - 1e-12)
         return F.logsigmoid(law_C.logit() - self.offset_C.to(law_C)).log_softmax(0)
+
+
+def _minus_onehot(p_BC: Tensor, targets_B: Tensor) -> Tensor:
+    """P - Y, in place."""
+    return p_BC.scatter_add_(1, targets_B[:, None], p_BC.new_full((len(targets_B), 1), -1.0))
 
 
 def build_loss(name: str, class_counts, exponent: float = 1.0) -> SoftmaxLoss:

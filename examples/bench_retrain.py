@@ -73,7 +73,7 @@ def stage_step(features: torch.Tensor, labels: torch.Tensor, *, meta: bool):
     data = Features(bank_reader(bank, 0, torch.device("cpu")), labels, index)
     config = RetrainConfig(batch_size=BATCH, meta_batch_size=BATCH, meta_sampler=meta)
     head = linear_head(features.shape[1], 10)
-    loss = BalancedSoftmaxLoss(index.counts)
+    loss = BalancedSoftmaxLoss(index.counts).float()
     optimizer = make_sgd(head, config)
     if not meta:
         return plain_step(head, optimizer, loss, data, batches("instance", index, BATCH, STEPS, 0))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from balms_cli import BalancedSigmoidLoss, BalancedSoftmaxLoss, SoftmaxLoss, class_counts
-from balms_cli.losses import build_loss
+from balms_cli.losses import build_loss, log_softmax
 
 COUNTS = [900, 210, 37, 6, 1]
 
@@ -274,3 +274,27 @@ def test_build_loss_by_name():
     ]:
         want = sum(CASES[case][1](logits_BC, targets_B)) / 11
         assert build_loss(name, COUNTS, exponent)(logits_BC, targets_B).item() == pytest.approx(want, rel=1e-11)
+
+
+# The gradient written by hand, and the softmax across rows
+
+
+@each_loss
+@pytest.mark.parametrize("scale", [3.0, 1e4])
+def test_the_gradient_by_hand_is_the_one_of_autograd(name, scale):
+    loss, (logits_BC, targets_B) = CASES[name][0], example_batch(scale=scale)
+    losses_B, gradient_BC = loss.with_gradient(logits_BC, targets_B)
+    leaf = logits_BC.clone().requires_grad_()
+    terms_B = loss.per_example(leaf, targets_B)
+    (want_BC,) = torch.autograd.grad(terms_B.sum(), leaf)
+    torch.testing.assert_close(losses_B, terms_B.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient_BC, want_BC, rtol=1e-10, atol=1e-12)
+    assert not gradient_BC.requires_grad
+
+
+@pytest.mark.parametrize("classes", [2, 10, 23, 24, 100])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_log_softmax_is_torchs_own_whatever_the_number_of_classes(classes, scale):
+    logits = scale * torch.randn(7, classes, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(log_softmax(logits), logits.log_softmax(1))
+    torch.testing.assert_close(log_softmax(logits).exp().sum(1), torch.ones(7))

@@ -121,23 +121,24 @@ def test_the_noise_of_the_relaxed_draw_is_gumbel_at_the_stated_temperature(tempe
 
 
 class NoiseBank:
-    """Exponential(1) numbers from one fixed list: the noise is known, and the same however the rows are cut."""
+    """Uniform numbers from one fixed list: the noise is known, and the same however the rows are cut."""
 
     def __init__(self):
-        self.numbers, self.used = np.random.default_rng(0).exponential(size=10_000), 0
+        self.numbers, self.used = np.random.default_rng(1).random(10_000, dtype=np.float32), 0
 
-    def fill(self, tensor):
-        first, self.used = self.used, self.used + tensor.numel()
-        return tensor.copy_(torch.from_numpy(self.numbers[first : self.used].reshape(tensor.shape)))
+    def take(self, *size):
+        first, self.used = self.used, self.used + math.prod(size)
+        return torch.from_numpy(self.numbers[first : self.used].reshape(size).copy())
 
     def gumbel(self, rows, columns):
-        return -np.log(self.numbers[: rows * columns].reshape(rows, columns))
+        return -np.log(-np.log(self.numbers[: rows * columns].reshape(rows, columns).astype(np.float64)))
 
 
 @pytest.fixture
 def bank(monkeypatch):
-    bank = NoiseBank()
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda tensor, *_, generator=None: bank.fill(tensor))
+    """The matrix of noise comes from the bank; positions, a vector, are drawn as ever."""
+    bank, rand = NoiseBank(), torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: bank.take(*size) if len(size) == 2 else rand(*size, **how))
     return bank
 
 

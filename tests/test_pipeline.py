@@ -70,13 +70,13 @@ def test_a_signal_ends_the_run_with_130_and_the_command_to_resume(chain, tmp_pat
 
 def test_a_killed_run_is_resumed_to_what_it_would_have_been(chain, tmp_path):
     out = tmp_path / "run"
-    process = start_long_run(chain, out, tmp_path, steps=600)
+    process = start_long_run(chain, out, tmp_path, steps=300)
     process.kill()
     process.communicate()
     assert not (out / "model.safetensors").exists()
     resumed = start(["pretrain", "--resume", out, "-q"], tmp_path)
     whole = tmp_path / "whole"
-    once = start(["pretrain", chain.manifest, *SMALL[:4], "--steps", 600, "--batch-size", "16", "--out", whole, "-q"], tmp_path)
+    once = start(["pretrain", chain.manifest, *SMALL[:4], "--steps", 300, "--batch-size", "16", "--out", whole, "-q"], tmp_path)
     for process in (resumed, once):
         _, stderr = process.communicate()
         assert process.returncode == 0, stderr

@@ -31,7 +31,8 @@ class FeatureBank:
     def rows(self, images_B: Tensor, generator: torch.Generator) -> Tensor:
         """Features [B, D] of one view of each image, drawn uniformly."""
         u_B = torch.rand(len(images_B), generator=generator, device=self.features.device)
-        return self.features[self.starts[images_B] + (u_B * self.views[images_B]).long()]
+        rows_B = self.starts.index_select(0, images_B) + (u_B * self.views.index_select(0, images_B)).long()
+        return self.features.index_select(0, rows_B)
 
 
 def plan_views(labels_N: Tensor, counts_C: Tensor, views: int, class_rows: int) -> Tensor:

@@ -35,18 +35,19 @@ class ClassIndex:
 
     def __init__(self, labels_N: Tensor, num_classes: int):
         self.counts = torch.bincount(labels_N, minlength=num_classes)
+        self.sizes = self.counts.double()  # the same, as numbers to multiply by
         self.starts = self.counts.cumsum(0) - self.counts
         self.order = labels_N.argsort(stable=True)
 
     def images(self, classes_B: Tensor, positions_B: Tensor) -> Tensor:
         """Image indices [B] from a class and a position within it."""
-        return self.order[self.starts[classes_B] + positions_B]
+        return self.order.index_select(0, self.starts.index_select(0, classes_B) + positions_B)
 
     def draw(self, edges_C: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
         """``batch_size`` images with replacement: a class by the cumulative law ``edges_C``, then an image uniformly."""
         u_2B = torch.rand(2, batch_size, generator=generator, device=edges_C.device, dtype=torch.float64)
         classes_B = torch.searchsorted(edges_C, u_2B[0] * edges_C[-1], right=True).clamp_(max=len(edges_C) - 1)
-        return self.images(classes_B, (u_2B[1] * self.counts[classes_B]).long())
+        return self.images(classes_B, (u_2B[1] * self.sizes.index_select(0, classes_B)).long())
 
 
 def class_law(name: str, counts_C: Tensor, progress: float = 1.0) -> Tensor:

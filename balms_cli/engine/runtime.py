@@ -1,6 +1,8 @@
 """Where and how things are computed: device, precision, determinism."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +58,18 @@ def setup(device: str, precision: str, *, deterministic: bool = False) -> Runtim
 def _cpu_has_bf16() -> bool:
     flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, flag, lambda: False)() for flag in flags)
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """For loops whose kernels take microseconds: on a CPU a second thread only waits, and long where others work too."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def versions() -> dict[str, str]:

@@ -93,13 +93,14 @@ def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
         raise ValueError(f"closed form: only for an nn.Linear learnt as a whole, not {type(head).__name__}: use method='jvp'")
     (features_BD, targets_B), (meta_MD, meta_targets_M) = batch, meta_batch
     params = dict(head.named_parameters())
-    losses_B, dlogits_BC = _logit_gradient(loss.per_example, F.linear(features_BD, head.weight, head.bias), targets_B)
+    logits_BC = F.linear(features_BD, head.weight.detach(), None if head.bias is None else head.bias.detach())
+    losses_B, dlogits_BC = _with_gradient(loss, logits_BC, targets_B)
     weighted_BC = dlogits_BC if weights_B is None else dlogits_BC * weights_B[:, None]
     grads = _outer(weighted_BC / len(targets_B), features_BD, head)
 
     ahead, rate = sgd_lookahead(params, grads, optimizer)
     meta_logits_MC = F.linear(meta_MD, ahead["weight"], ahead.get("bias"))
-    meta_value, dmeta_MC = _logit_gradient(meta_loss, meta_logits_MC, meta_targets_M)
+    meta_value, dmeta_MC = _mean_with_gradient(meta_loss, meta_logits_MC, meta_targets_M)
     meta_grads = _outer(dmeta_MC, meta_MD, head)
 
     # The one matrix product that stands for the second-order graph: <grad l_i, D> for every i at once.
@@ -108,8 +109,22 @@ def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
     return Influence(influence_B, losses_B, grads, meta_value)
 
 
-def _logit_gradient(loss: Callable, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
-    """A loss (B terms or their mean) and its gradient by the logits [B, C]: row i belongs to example i alone."""
+def _with_gradient(loss: SoftmaxLoss, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The terms of a loss [B] and the derivative of each by its logits [B, C]; row i belongs to example i alone."""
+    if hasattr(loss, "with_gradient"):
+        return loss.with_gradient(logits_BC, targets_B)
+    return _by_autograd(loss.per_example, logits_BC, targets_B)
+
+
+def _mean_with_gradient(meta_loss: Callable, logits_MC: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    """A meta loss (a scalar) and its gradient by the logits [M, C]."""
+    if not hasattr(meta_loss, "with_gradient"):
+        return _by_autograd(meta_loss, logits_MC, targets_M)
+    losses_M, gradient_MC = meta_loss.with_gradient(logits_MC, targets_M)
+    return losses_M.mean(), gradient_MC.div_(len(losses_M))
+
+
+def _by_autograd(loss: Callable, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         logits_BC = logits_BC.detach().requires_grad_()
         value = loss(logits_BC, targets_B)

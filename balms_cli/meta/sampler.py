@@ -50,6 +50,7 @@ class MetaSampler(nn.Module):
         self.estimator, self.temperature = estimator, temperature
         self.theta = nn.Parameter(torch.zeros(len(counts_C)))
         self.register_buffer("counts_C", counts_C, persistent=False)
+        self.register_buffer("sizes_C", counts_C.double(), persistent=False)
         self.register_buffer("log_counts_C", counts_C.double().log().float(), persistent=False)
         self.register_buffer("starts_C", counts_C.cumsum(0) - counts_C, persistent=False)
 
@@ -71,7 +72,7 @@ class MetaSampler(nn.Module):
         logits_C = self.log_counts_C + F.logsigmoid(self.theta)
         soft_B, soft_BC, classes_B = _relaxed_draw(logits_C, batch_size, self.temperature, generator)
         u_B = torch.rand(batch_size, generator=generator, device=self.theta.device, dtype=torch.float64)
-        positions_B = (u_B * self.counts_C[classes_B]).long()
+        positions_B = (u_B * self.sizes_C.index_select(0, classes_B)).long()
         if self.estimator == "expected":
             return Draw(classes_B, positions_B, None, None)
         return Draw(classes_B, positions_B, soft_B, soft_BC)
@@ -112,8 +113,10 @@ class MetaSampler(nn.Module):
 
 def _relaxed_draw(logits_K: Tensor, batch_size: int, temperature: float, generator) -> tuple[Tensor, Tensor, Tensor]:
     """Gumbel-softmax over K entries: soft value of the drawn entry [B], relaxed draw [B, K], drawn entry [B]."""
-    noise_BK = torch.empty(batch_size, len(logits_K), device=logits_K.device).exponential_(generator=generator).log_()
-    perturbed_BK = logits_K - noise_BK  # -log of an Exponential(1) is a Gumbel(0, 1)
-    drawn_B = perturbed_BK.argmax(1)
-    soft_BK = (perturbed_BK / temperature).softmax(1)
-    return soft_BK.gather(1, drawn_B[:, None]).squeeze(1), soft_BK, drawn_B
+    u_BK = torch.rand(batch_size, len(logits_K), generator=generator, device=logits_K.device)
+    perturbed_BK = logits_K - u_BK.log_().neg_().log_()  # -log(-log u) is a Gumbel(0, 1); u = 0 gives -inf: not drawn
+    top_B1, drawn_B1 = perturbed_BK.max(1, keepdim=True)
+    # softmax by hand: the drawn entry is the largest, so its exponential is 1 and its soft value one over the sum.
+    soft_BK = perturbed_BK.sub_(top_B1).div_(temperature).exp_()
+    soft_B1 = soft_BK.sum(1, keepdim=True).reciprocal_()
+    return soft_B1.squeeze(1), soft_BK.mul_(soft_B1), drawn_B1.squeeze(1)

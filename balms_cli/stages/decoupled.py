@@ -22,7 +22,7 @@ from ..engine.header import Header
 from ..engine.loop import Job, train
 from ..engine.optim import Guard, learning_rate, make_sgd
 from ..engine.run_dir import RunDir
-from ..engine.runtime import Runtime
+from ..engine.runtime import Runtime, one_thread
 from ..errors import ConfigError
 from ..losses import BalancedSigmoidLoss, SoftmaxLoss, build_loss
 from ..meta.influence import influence
@@ -60,7 +60,7 @@ def fit_head(config: RetrainConfig, stage: str, model: Classifier, parent: Heade
 
     counts_C = torch.tensor(manifest.class_counts)
     head = linear_head(parent.feature_dim, len(counts_C), torch.Generator().manual_seed(mix(config.seed, _HEAD))).to(device)
-    loss = build_loss(config.loss, counts_C, config.loss_exponent).to(device)
+    loss = build_loss(config.loss, counts_C, config.loss_exponent).to(device).float()
     steps = total_steps(config, len(train_set.labels))
     optimizer = make_sgd(head, config)
     parts: dict[str, Any] = {"head": head, "optimizer": optimizer}
@@ -78,7 +78,8 @@ def fit_head(config: RetrainConfig, stage: str, model: Classifier, parent: Heade
         return learning_rate(i, steps, peak=config.lr, warmup_steps=config.warmup_steps, warmup_lr=config.warmup_lr)
 
     job = Job(stage, steps, parts, optimizer, schedule, step, config.batch_size, extras=_extras(learner))
-    seconds = train(job, folder, device, reporter, resume=resume, checkpoint_seconds=config.checkpoint_seconds)
+    with one_thread(device):
+        seconds = train(job, folder, device, reporter, resume=resume, checkpoint_seconds=config.checkpoint_seconds)
     report = {"steps": steps, "seconds": round(seconds, 2), "final_loss": folder.final_loss(),
               "hypergradient": config.hypergradient if learner is not None else None}  # fmt: skip
     law_C, rates = _law(config, learner, rates_C, counts_C), learner.rates.cpu() if learner else None
@@ -96,7 +97,7 @@ def plain_step(head, optimizer, loss, data: Features, draw) -> Callable[[int, Gu
 
     def step(i: int, guard: Guard) -> Tensor:
         images_B = draw(i)
-        value = loss(head(data.read(images_B, i, _TRAIN_VIEWS)), data.labels[images_B])
+        value = loss(head(data.read(images_B, i, _TRAIN_VIEWS)), data.labels.index_select(0, images_B))
         optimizer.zero_grad()
         value.backward()
         guard.step(value, optimizer)
@@ -133,7 +134,7 @@ def reweigher_step(config, head, optimizer, loss, reweigher: MetaReweigher, adam
 
     def step(i: int, guard: Guard) -> Tensor:
         images_B = draw(i)
-        features_BD, targets_B = data.read(images_B, i, _TRAIN_VIEWS), data.labels[images_B]
+        features_BD, targets_B = data.read(images_B, i, _TRAIN_VIEWS), data.labels.index_select(0, images_B)
         seen = ahead(i, (features_BD, targets_B), reweigher.weights(targets_B))
         reweigher.theta.grad = reweigher.gradient(targets_B, seen.influence_B)
         guard.step(seen.meta_loss, adam)
@@ -153,11 +154,11 @@ def _look_ahead(config, head, optimizer, loss, meta: Features):
     generator = torch.Generator(meta.labels.device)
     # Without prior: cross-entropy; for the sigmoid family, equal counts leave the plain binary cross-entropies.
     plain = BalancedSigmoidLoss(uniform_C.cpu()) if isinstance(loss, BalancedSigmoidLoss) else SoftmaxLoss()
-    plain = plain.to(meta.labels.device)
+    plain = plain.to(meta.labels.device).float()
 
     def ahead(i: int, batch: tuple[Tensor, Tensor], weights_B: Tensor | None):
         images_M = meta.index.draw(edges_C, config.meta_batch_size, generator.manual_seed(mix(config.seed, _META_DRAW, i)))
-        meta_batch = (meta.read(images_M, i, _META_VIEWS), meta.labels[images_M])
+        meta_batch = (meta.read(images_M, i, _META_VIEWS), meta.labels.index_select(0, images_M))
         return influence(head, optimizer, loss, batch, meta_batch, weights_B=weights_B, meta_loss=plain,
                          method=config.hypergradient)  # fmt: skip
 
