@@ -2,8 +2,9 @@
 
 ``paper``   the values of the supplement, C.3 (the stage-2 learning rate, on which it is silent, is the released code's).
             AutoAugment, which the paper's CIFAR recipe uses too, is not in it yet: expect figures below the paper's.
-``quick``   the same shape in minutes on a 2-core CPU. Ours: chosen for time. Without Cutout, which so short a run has no
-            use for (CIFAR-10-LT IF 200, 100 validation images a class, one seed: softmax 48.0 % without, 45.1 % with).
+``quick``   the same shape in minutes on a 2-core CPU. Ours, chosen on CIFAR-10-LT IF 200 with 100 validation images a class
+            and one seed. Balanced accuracy of softmax, and of Balanced Softmax on its features: 1,500 steps of 128 with
+            Cutout 45.1, 59.4 %; without 48.0, 63.2 %; 2,800 steps of 64 without 51.5, 64.5 %.
 ``general`` for a user's own images on a GPU. Ours.
 """
 
@@ -20,16 +21,16 @@ _PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "cifar": {
             "paper": {"backbone": "resnet32", "image_size": 32, "steps": 13_000, "batch_size": 512, "lr": 0.1,
                       "warmup_steps": 800, "warmup_lr": 0.05, "weight_decay": 5e-4},
-            "quick": {"backbone": "resnet32", "image_size": 32, "steps": 1500, "batch_size": 128, "lr": 0.1,
-                      "warmup_steps": 100, "warmup_lr": 0.01, "weight_decay": 5e-4, "augment": ["crop", "flip"]},
+            "quick": {"backbone": "resnet32", "image_size": 32, "steps": 2800, "batch_size": 64, "lr": 0.1,
+                      "warmup_steps": 200, "warmup_lr": 0.01, "weight_decay": 5e-4, "augment": ["crop", "flip"]},
         },
         "digits": {
             "quick": {"backbone": "resnet8", "image_size": 16, "steps": 400, "batch_size": 64, "lr": 0.1,
                       "warmup_steps": 40, "weight_decay": 5e-4, "augment": ["crop"]},
         },
         "small": {
-            "quick": {"backbone": "resnet32", "image_size": 32, "steps": 1500, "batch_size": 128, "lr": 0.1,
-                      "warmup_steps": 100, "warmup_lr": 0.01, "weight_decay": 5e-4, "augment": ["crop", "flip"]},
+            "quick": {"backbone": "resnet32", "image_size": 32, "steps": 2800, "batch_size": 64, "lr": 0.1,
+                      "warmup_steps": 200, "warmup_lr": 0.01, "weight_decay": 5e-4, "augment": ["crop", "flip"]},
             "general": {"backbone": "resnet32", "image_size": 32, "epochs": 200, "batch_size": 128, "lr": 0.1,
                         "warmup_steps": 200, "warmup_lr": 0.01, "weight_decay": 5e-4},
         },
