@@ -22,7 +22,7 @@ _PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "paper": {"backbone": "resnet32", "image_size": 32, "steps": 13_000, "batch_size": 512, "lr": 0.1,
                       "warmup_steps": 800, "warmup_lr": 0.05, "weight_decay": 5e-4},
             "quick": {"backbone": "resnet32", "image_size": 32, "steps": 2800, "batch_size": 64, "lr": 0.1,
-                      "warmup_steps": 200, "warmup_lr": 0.01, "weight_decay": 5e-4, "augment": ["crop", "flip"]},
+                      "warmup_steps": 100, "warmup_lr": 0.01, "weight_decay": 5e-4, "augment": ["crop", "flip"]},
         },
         "digits": {
             "quick": {"backbone": "resnet8", "image_size": 16, "steps": 400, "batch_size": 64, "lr": 0.1,
@@ -30,7 +30,7 @@ _PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         },
         "small": {
             "quick": {"backbone": "resnet32", "image_size": 32, "steps": 2800, "batch_size": 64, "lr": 0.1,
-                      "warmup_steps": 200, "warmup_lr": 0.01, "weight_decay": 5e-4, "augment": ["crop", "flip"]},
+                      "warmup_steps": 100, "warmup_lr": 0.01, "weight_decay": 5e-4, "augment": ["crop", "flip"]},
             "general": {"backbone": "resnet32", "image_size": 32, "epochs": 200, "batch_size": 128, "lr": 0.1,
                         "warmup_steps": 200, "warmup_lr": 0.01, "weight_decay": 5e-4},
         },
