@@ -60,6 +60,12 @@ class SoftmaxLoss(nn.Module):
     ``class_counts`` is taken for the sake of one signature and not used.
     """
 
+    def __init_subclass__(cls, **kwargs):
+        """A subclass with other terms must bring their gradient too, or has none by hand: never its parent's."""
+        super().__init_subclass__(**kwargs)
+        if "per_example" in cls.__dict__ and "with_gradient" not in cls.__dict__:
+            cls.with_gradient = None
+
     def __init__(self, class_counts=None):
         super().__init__()
         self.register_buffer("offset_C", None, persistent=False)

@@ -318,3 +318,17 @@ def test_an_unknown_method_is_refused_with_the_names_of_the_known():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     with pytest.raises(ValueError, match="closed-form, jvp, higher"):
         influence(model, optimizer, SoftmaxLoss(), *batches(), method="newton")
+
+
+def test_a_loss_that_changes_its_terms_never_borrows_its_parents_gradient():
+    class Squared(BalancedSoftmaxLoss):
+        def per_example(self, logits_BC, targets_B):
+            return super().per_example(logits_BC, targets_B).square()
+
+    torch.manual_seed(3)
+    head = torch.nn.Linear(4, 3).double()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.2, momentum=0.9, nesterov=True)
+    batch = torch.randn(7, 4).double(), torch.arange(7) % 3
+    meta_batch = torch.randn(5, 4).double(), torch.arange(5) % 3
+    closed, forward = (influence(head, optimizer, Squared([9, 3, 1]), batch, meta_batch, method=m) for m in ("closed-form", "jvp"))
+    torch.testing.assert_close(closed.influence_B, forward.influence_B, rtol=1e-9, atol=1e-15)

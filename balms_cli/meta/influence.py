@@ -111,14 +111,14 @@ def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
 
 def _with_gradient(loss: SoftmaxLoss, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
     """The terms of a loss [B] and the derivative of each by its logits [B, C]; row i belongs to example i alone."""
-    if hasattr(loss, "with_gradient"):
+    if getattr(loss, "with_gradient", None):
         return loss.with_gradient(logits_BC, targets_B)
     return _by_autograd(loss.per_example, logits_BC, targets_B)
 
 
 def _mean_with_gradient(meta_loss: Callable, logits_MC: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
     """A meta loss (a scalar) and its gradient by the logits [M, C]."""
-    if not hasattr(meta_loss, "with_gradient"):
+    if not getattr(meta_loss, "with_gradient", None):
         return _by_autograd(meta_loss, logits_MC, targets_M)
     losses_M, gradient_MC = meta_loss.with_gradient(logits_MC, targets_M)
     return losses_M.mean(), gradient_MC.div_(len(losses_M))
