@@ -14,6 +14,9 @@ class Task:
     def advance(self, amount: int = 1, **metrics: float) -> None:
         """``amount`` units are done; ``metrics`` are shown beside the bar."""
 
+    def skip(self, amount: int) -> None:
+        """``amount`` units were done in an earlier sitting: they count as done, not for the rate."""
+
 
 class Reporter:
     """Silent reporter: the base class, and the default when a stage is called from Python."""

@@ -330,5 +330,6 @@ def test_a_loss_that_changes_its_terms_never_borrows_its_parents_gradient():
     optimizer = torch.optim.SGD(head.parameters(), lr=0.2, momentum=0.9, nesterov=True)
     batch = torch.randn(7, 4).double(), torch.arange(7) % 3
     meta_batch = torch.randn(5, 4).double(), torch.arange(5) % 3
-    closed, forward = (influence(head, optimizer, Squared([9, 3, 1]), batch, meta_batch, method=m) for m in ("closed-form", "jvp"))
+    loss = Squared([9, 3, 1])
+    closed, forward = (influence(head, optimizer, loss, batch, meta_batch, method=m) for m in ("closed-form", "jvp"))
     torch.testing.assert_close(closed.influence_B, forward.influence_B, rtol=1e-9, atol=1e-15)

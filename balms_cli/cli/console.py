@@ -92,6 +92,9 @@ class _BarTask(Task):
         fields = {"metrics": _metrics_text(metrics)} if metrics else {}
         self.progress.update(self.identity, advance=amount, **fields)
 
+    def skip(self, amount: int) -> None:
+        self.progress.update(self.identity, completed=amount)
+
 
 class _PlainTask(Task):
     """One line every few seconds, and one at the end: a log that stays readable."""
@@ -99,18 +102,19 @@ class _PlainTask(Task):
     def __init__(self, console: Console, description: str, total: int, unit: str) -> None:
         self.console, self.description, self.total, self.unit = console, description, total, unit
         self.done, self.began, self.said = 0, time.monotonic(), time.monotonic()
-        self.first: int | None = None
+        self.skipped = 0
 
     def advance(self, amount: int = 1, **metrics: float) -> None:
         self.done += amount
-        if self.first is None and amount and metrics == {} and self.done < self.total:
-            self.first = self.done  # a resumed run starts here: its rate counts from this point
         clock = time.monotonic()
         if clock - self.said < _PLAIN_SECONDS and self.done < self.total:
             return
         self.said, elapsed = clock, clock - self.began
-        fresh = self.done - (self.first or 0)
+        fresh = self.done - self.skipped
         left = elapsed / fresh * (self.total - self.done) if fresh > 0 else 0.0
         ending = f"{elapsed:.0f} s" if self.done >= self.total else f"{left:.0f} s left"
         line = f"{self.description}: {self.done}/{self.total} {self.unit}s, {ending}  {_metrics_text(metrics)}"
         self.console.print(escape(line.rstrip()), soft_wrap=True)
+
+    def skip(self, amount: int) -> None:
+        self.done = self.skipped = amount

@@ -59,7 +59,7 @@ def train(job: Job, run: RunDir, device: torch.device, reporter: Reporter, *, re
     began = saved = logged = time.monotonic()
 
     with stop_signals() as stop, reporter.task(job.stage, job.steps) as task:
-        task.advance(start)
+        task.skip(start)
         for step in range(start, job.steps):
             lr = job.schedule(step)
             for group in job.optimizer.param_groups:
