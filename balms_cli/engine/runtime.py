@@ -1,12 +1,15 @@
 """Where and how things are computed: device, precision, determinism."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 
+from .. import __version__
 from ..errors import ConfigError, one_line
 
 
@@ -74,11 +77,5 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """What produced a result: for run folders and benchmarks."""
-    import platform
-
-    import torchvision
-
-    from .. import __version__
-
-    return {"balms": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
+    return {"balms": __version__, "torch": torch.__version__, "torchvision": version("torchvision"),
             "python": platform.python_version()}  # fmt: skip

@@ -11,8 +11,8 @@ from ..data.features import extract_all
 from ..data.manifest import Manifest
 from ..engine.checkpoint import load_model
 from ..engine.header import read_header
-from ..engine.run_dir import manifest_of
-from ..engine.runtime import setup
+from ..engine.run_dir import manifest_of, now
+from ..engine.runtime import setup, versions
 from ..errors import CheckpointError, DataError, GateError
 from ..metrics import Gate, summarise
 from ..reporter import Reporter
@@ -95,7 +95,7 @@ def _score(config: EvaluateConfig, file: Path, manifest: Manifest, runtime, load
     return result | {
         "run": str(file.parent), "stage": header.stage, "loss": header.loss, "sampler": header.sampler,
         "seed": header.recipe["seed"], "split": config.split, "images": len(images.labels), "data": header.data,
-        "manifest_sha256": manifest.sha256, "device": runtime.describe(),
+        "manifest_sha256": manifest.sha256, "device": runtime.describe(), "versions": versions(), "date": now()[:10],
     }  # fmt: skip
 
 
