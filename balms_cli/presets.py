@@ -26,8 +26,8 @@ _PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
                       "warmup_steps": 100, "warmup_lr": 0.01, "weight_decay": 5e-4, "augment": ["crop", "flip"]},
         },
         "digits": {
-            "quick": {"backbone": "resnet8", "image_size": 16, "steps": 400, "batch_size": 64, "lr": 0.1,
-                      "warmup_steps": 40, "weight_decay": 5e-4, "augment": ["crop"]},
+            "quick": {"backbone": "resnet8", "image_size": 16, "steps": 150, "batch_size": 64, "lr": 0.1,
+                      "warmup_steps": 15, "weight_decay": 5e-4, "augment": ["crop"]},
         },
         "small": {
             "quick": {"backbone": "resnet32", "image_size": 32, "steps": 2500, "batch_size": 64, "lr": 0.1,
