@@ -128,18 +128,22 @@ def test_official_archive_and_batches(tmp_path: Path) -> None:
 
 
 class Evil:
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
     def __reduce__(self) -> tuple:
-        return os.system, ("touch /tmp/balms-evil",)
+        return os.mkdir, (self.folder,)
 
 
 def test_pickles_hold_arrays_only(tmp_path: Path) -> None:
-    content = pickle.dumps({"data": Evil(), "labels": [], "filenames": []}, protocol=2)
+    content = pickle.dumps({"data": Evil(tmp_path / "exploded"), "labels": [], "filenames": []}, protocol=2)
     (tmp_path / "b").write_bytes(content)
     archive, _, _ = fake_cifar(tmp_path / "made")
     with pytest.raises(DataError, match="md5 differs"):
         list(known.read_batches(replace(archive, train=(("b", "0" * 32),)), tmp_path, "train"))
     with pytest.raises(DataError, match=r"not in the official format.*not allowed"):
         list(known.read_batches(replace(archive, train=(("b", hashlib.md5(content).hexdigest()),)), tmp_path, "train"))
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_data_root_is_asked_first_then_balms_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
