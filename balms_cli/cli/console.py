@@ -4,6 +4,7 @@ On a terminal: bars with ETA. Elsewhere: a plain line every few seconds. ``--qui
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -21,8 +22,9 @@ _PLAIN_SECONDS = 5.0
 
 
 def stderr() -> Console:
-    """A console on the stderr of this moment (tests and pipes change it)."""
-    return Console(stderr=True, highlight=False)
+    """A console on the stderr of this moment (tests and pipes change it). A log is wider than Rich's guess of 80."""
+    log = not sys.stderr.isatty() and "COLUMNS" not in os.environ
+    return Console(stderr=True, highlight=False, width=120 if log else None)
 
 
 def print_result(result: dict[str, Any] | str) -> None:

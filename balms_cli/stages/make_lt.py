@@ -230,4 +230,4 @@ def show(manifest: Manifest, reporter: Reporter) -> None:
     )
     if manifest.untested:
         named = aside.name_some([aside.printable(name) for name in manifest.untested])
-        reporter.warn(f"{len(manifest.untested)} classes have no test images and stay untested: {named}")
+        reporter.warn(f"without test images, and so untested: {named} ({len(manifest.untested)} of {k} classes)")
