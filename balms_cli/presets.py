@@ -51,8 +51,6 @@ _PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
 }  # fmt: skip
 _PRESETS["meta-sample"] = _PRESETS["retrain"]
 
-NAMES = ("paper", "quick", "general")
-
 
 def kind_of_data(source_name: str, image_size: tuple[int, int]) -> str:
     """Which family of recipes fits: cifar, digits, small (up to 48 px) or photos."""

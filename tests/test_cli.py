@@ -114,6 +114,17 @@ class TestArtefacts:
         assert "leaves it alone" in error_of(balms("pretrain", chain.manifest, "--out", tmp_path / "thesis", "--overwrite"), 2)
         assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
 
+    def test_a_run_is_never_overwritten_by_what_starts_from_it(self, balms, chain):
+        before = (chain.pretrained / "model.safetensors").read_bytes()
+        told = error_of(balms("retrain", chain.pretrained, *FEW, "--out", chain.pretrained, "--overwrite"), 2)
+        assert "starts from" in told and (chain.pretrained / "model.safetensors").read_bytes() == before
+
+    def test_a_run_table_without_its_data_is_damaged(self, balms, chain, tmp_path):
+        (tmp_path / "run").mkdir()
+        text = (chain.pretrained / "config.toml").read_text()
+        (tmp_path / "run" / "config.toml").write_text(text.replace("manifest = ", "was = "))
+        assert "damaged" in error_of(balms("pretrain", "--resume", tmp_path / "run"), 4)
+
     def test_a_run_folder_holds_what_the_contract_says(self, chain):
         names = {p.name for p in chain.pretrained.iterdir()}
         assert {"config.toml", "metrics.jsonl", "resume.pt", "report.json", "model.safetensors"} <= names

@@ -56,6 +56,7 @@ def train_stage(stage: str, params: Params) -> None:
         return _resume(stage, params, reporter)
     from .. import presets
     from ..engine.run_dir import new_run
+    from ..errors import ConfigError
 
     parent = None
     if stage == "pretrain":
@@ -76,6 +77,8 @@ def train_stage(stage: str, params: Params) -> None:
                      overwrite=params["overwrite"])  # fmt: skip
     reporter.note(f"preset {resolved.preset}; {sum(s != 'default' for s in resolved.sources.values())} values set by preset, "
                   f"file or flag; all of them: --print-config, or {folder.path}/config.toml")  # fmt: skip
+    if parent is not None and folder.path.resolve() == parent.parent.resolve():
+        raise ConfigError(f"--out {folder.path} is the run that {stage} starts from: choose another, or it is lost")
     if params["dry_run"]:
         return show_plan(resolved, manifest, parent, folder, reporter)
     return _run(stage, resolved, manifest, parent, folder, reporter, params, resume=False)

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-NAMES = ("instance", "class", "square-root", "progressive")
 _MASK = (1 << 63) - 1
 
 

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,6 @@ from .header import Header, read_header, sha256_of
 
 MODEL, RATES, CONFIG, METRICS, RESUME, REPORT = (
     "model.safetensors", "rates.json", "config.toml", "metrics.jsonl", "resume.pt", "report.json")  # fmt: skip
-
-
-def now() -> str:
-    """Creation time as headers hold it: ISO 8601, UTC, microseconds, so that it sorts as text."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 class RunDir:
@@ -117,6 +111,9 @@ def open_run(path: Path, stage: str) -> tuple[RunDir, Resolved, dict[str, Any]]:
     try:
         document = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
         values, sources, run = document[stage], document["source"], document["run"]
+        missing = {"manifest", "manifest_sha256", "device", "precision"} - run.keys()
+        if missing or ("parent" in run and "parent_sha256" not in run):
+            raise CheckpointError(f"{path / CONFIG} is damaged: its [run] table does not say what the run began with")
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a run's folder: it has no {CONFIG}") from None
     except KeyError:

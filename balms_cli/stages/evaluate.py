@@ -8,10 +8,10 @@ import torch
 
 from ..config import EvaluateConfig
 from ..data.features import extract_all
-from ..data.manifest import Manifest
+from ..data.manifest import Manifest, now
 from ..engine.checkpoint import load_model
 from ..engine.header import read_header
-from ..engine.run_dir import manifest_of, now
+from ..engine.run_dir import manifest_of
 from ..engine.runtime import setup, versions
 from ..errors import CheckpointError, DataError, GateError
 from ..metrics import Gate, summarise

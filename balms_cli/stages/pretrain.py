@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..config import PretrainConfig, Resolved
-from ..data.manifest import Manifest
+from ..data.manifest import Manifest, now
 from ..data.samplers import ClassIndex, batches, class_law, mix, rates_law
 from ..data.transforms import augment
 from ..engine.header import FORMAT, Header
 from ..engine.loop import Job, train
 from ..engine.optim import Guard, learning_rate, make_sgd
-from ..engine.run_dir import RunDir, clear_run, now
+from ..engine.run_dir import RunDir, clear_run
 from ..engine.runtime import setup
 from ..losses import build_loss
 from ..models.backbones import build_backbone, load_weights

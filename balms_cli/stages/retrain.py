@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ..config import Resolved, RetrainConfig
-from ..data.manifest import Manifest
+from ..data.manifest import Manifest, now
 from ..engine.checkpoint import load_model
 from ..engine.header import FORMAT, Header, sha256_of
-from ..engine.run_dir import RATES, RunDir, clear_run, now
+from ..engine.run_dir import RATES, RunDir, clear_run
 from ..engine.runtime import setup
 from ..models.classifiers import Classifier
 from ..reporter import Reporter
