@@ -1,6 +1,7 @@
 """One strict model a stage: every value has a unit or meaning, a default, and a remembered source.
 
-Values come from four layers, later ones winning: default < preset < file (``--config``) < flag (options and ``--set``).
+Values come from five layers, later ones winning: default < method < preset < file (``--config``) < flag (options and
+``--set``); method: what the loss, classifier or reweighter that was chosen brings along, named with its source.
 ``resolve`` merges them, refuses unknown keys with a suggestion, and says where each value came from.
 This module is a leaf: it knows nothing of torch, so that a mistake is told before anything heavy is imported.
 """
@@ -9,17 +10,24 @@ import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError
 
-LossName = Literal["softmax", "balanced", "balanced-sigmoid"]
+LossName = Literal[
+    "softmax", "balanced", "balanced-sigmoid", "logit-adjusted", "focal", "cost-sensitive", "class-balanced",
+    "class-balanced-sigmoid", "class-balanced-focal", "ldam", "equalization",
+]  # fmt: skip
+LOSSES = get_args(LossName)
+CLASSIFIERS = ("auto", "linear", "cosine", "lws", "tau-norm", "ncm")
+REWEIGHTERS = ("none", "l2rw", "meta-weight-net")
 SAMPLERS = ("instance", "class", "square-root", "progressive")
 Estimator = Literal["class", "image", "expected"]
-Hypergradient = Literal["closed-form", "jvp", "higher"]
+Hypergradient = Literal["auto", "closed-form", "jvp", "higher"]
+MetaSet = Literal["train", "meta"]
 Augmentation = Literal["crop", "flip", "cutout"]
 
 
@@ -69,9 +77,33 @@ class TrainConfig(RunConfig):
     weight_decay: float = Field(5e-4, ge=0, description="L2 penalty, on every trained parameter")
     sampler: str = Field("instance", description="instance, class, square-root, progressive, or a rates.json")
     loss: LossName = Field("softmax", description="training loss")
-    loss_exponent: float = Field(1.0, ge=0, description="tau of Balanced Softmax: logits + tau log n (1/4: Corollary 2.1)")
+    loss_exponent: float = Field(
+        1.0,
+        ge=0,
+        description="tau of balanced and logit-adjusted: logits + tau log n (1/4: Corollary 2.1); cost-sensitive: 1/n^tau",
+    )
+    focal_gamma: float = Field(1.0, ge=0, description="focal: terms are multiplied by (1 - p)^gamma")
+    cb_beta: float = Field(0.9999, ge=0, lt=1, description="class-balanced and DRW: beta of the effective number of images")
+    ldam_margin: float = Field(0.5, ge=0, description="ldam: margin of the rarest class, in cosine")
+    cosine_scale: float = Field(30.0, gt=0, description="cosine classifier, so ldam too: logits are scale * cosine")
+    eql_gamma: float = Field(0.9, ge=0, le=1, description="equalization: chance that a rare class is spared a push")
+    eql_threshold: float = Field(0.005, ge=0, le=1, description="equalization: share of the images under which a class is rare")
+    drw: bool = Field(False, description="deferred re-weighting: effective-number class weights late in training")
+    drw_start: float = Field(0.8, ge=0, le=1, description="drw: share of the steps after which the weights act")
     checkpoint_seconds: float = Field(60.0, gt=0, description="seconds between writes of resume.pt")
     deterministic: bool = Field(False, description="deterministic algorithms (always so on a CPU)")
+
+    @property
+    def head(self) -> str:
+        """The kind of classifier that is meant: ``auto`` is cosine for ldam, whose margin is one of angles, else linear."""
+        chosen = self.classifier
+        return ("cosine" if self.loss == "ldam" else "linear") if chosen == "auto" else chosen
+
+    @model_validator(mode="after")
+    def _check_head(self) -> "TrainConfig":
+        if self.loss == "ldam" and self.head != "cosine":
+            raise ValueError(f"ldam is a margin between cosines: leave out --classifier {self.head}, or say cosine")
+        return self
 
     @model_validator(mode="after")
     def _check_length_and_sampler(self) -> "TrainConfig":
@@ -92,6 +124,24 @@ class PretrainConfig(TrainConfig):
     image_size: int = Field(32, ge=8, le=1024, description="pixels a side fed to the network")
     augment: list[Augmentation] = Field(["crop", "flip", "cutout"], description="training augmentation, in this order")
     compile: bool = Field(False, description="torch.compile the backbone (about a minute of start-up)")
+    classifier: Literal["auto", "linear", "cosine"] = Field(
+        "auto", description="head: linear or cosine (auto: cosine for ldam)"
+    )
+    reweight: Literal["none", "l2rw", "meta-weight-net"] = Field(
+        "none", description="learn a weight for each example of a batch by looking one step ahead"
+    )
+    meta_batch_size: int = Field(100, ge=1, description="reweight: class-balanced images that the meta loss sees a step")
+    meta_set: MetaSet = Field("train", description="reweight: meta images from the training set, or the held-out meta split")
+    hypergradient: Literal["jvp", "higher"] = Field("jvp", description="reweight: how one looks ahead: same number, other cost")
+    weight_net_hidden: int = Field(100, ge=1, description="meta-weight-net: hidden units of its V")
+    weight_net_lr: float = Field(1e-5, gt=0, description="meta-weight-net: learning rate of V (SGD, Nesterov 0.9)")
+    weight_net_decay: float = Field(5e-4, ge=0, description="meta-weight-net: weight decay of V")
+
+    @model_validator(mode="after")
+    def _check_reweight(self) -> "PretrainConfig":
+        if self.reweight != "none" and self.frozen:
+            raise ValueError("--frozen trains nothing in stage 1, so there is nothing to reweight")
+        return self
 
 
 class RetrainConfig(TrainConfig):
@@ -105,14 +155,16 @@ class RetrainConfig(TrainConfig):
     gumbel_temperature: float = Field(1.0, gt=0, description="temperature of the relaxed draw (eq 79)")
     weight_norm: Literal["mean", "none"] = Field("mean", description="meta reweigher: weights of mean 1 in a batch, or raw")
     hypergradient: Hypergradient = Field(
-        "closed-form", description="how the bi-level step is computed: same number, other cost"
+        "auto", description="how the bi-level step is computed (auto: closed-form for a linear head, else jvp): same number"
     )
     meta_lr: float = Field(0.01, gt=0, description="Adam's learning rate on the class rates")
     meta_betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's betas on the class rates")
     meta_batch_size: int = Field(512, ge=1, description="class-balanced images that the meta loss sees a step")
-    meta_set: Literal["train", "meta"] = Field(
-        "train", description="where meta images come from: train, or the held-out meta split"
+    meta_set: MetaSet = Field("train", description="where meta images come from: train, or the held-out meta split")
+    classifier: Literal["auto", "linear", "cosine", "lws", "tau-norm", "ncm"] = Field(
+        "auto", description="a fresh linear (cRT) or cosine layer, or one made from stage 1: lws, tau-norm, ncm"
     )
+    tau_norm: float | None = Field(None, ge=0, le=5, description="tau-norm: the exponent (else chosen on the validation split)")
     features: Literal["bank", "online"] = Field("bank", description="bank: features computed once; online: anew every step")
     views: int = Field(4, ge=1, description="augmented views of every image in the feature bank")
     class_rows: int = Field(256, ge=0, description="rows in the bank that a class has at least: more views of rare images")
@@ -124,6 +176,14 @@ class RetrainConfig(TrainConfig):
             raise ValueError("--meta-sampler and --meta-reweigher exclude each other: one learns rates, the other weights")
         if self.meta_sampler and self.sampler != "instance":
             raise ValueError("--meta-sampler draws the batches itself: leave out --sampler")
+        if self.classifier in ("tau-norm", "ncm") and (self.meta_sampler or self.meta_reweigher):
+            raise ValueError(f"--classifier {self.classifier} trains nothing: a meta-learner has nothing to do in it")
+        if self.hypergradient == "closed-form" and self.head != "linear":
+            raise ValueError(
+                f"the closed form is that of a linear layer: with --classifier {self.head} leave out --hypergradient"
+            )
+        if self.tau_norm is not None and self.classifier != "tau-norm":
+            raise ValueError("--tau-norm is the exponent of --classifier tau-norm: add that, or leave it out")
         return self
 
 
@@ -139,6 +199,15 @@ class EvaluateConfig(RunConfig):
     split: Literal["test", "val", "train"] = Field("test", description="which split is scored")
     batch_size: int = Field(512, ge=1, description="images a forward pass")
     require: str | None = Field(None, description="a gate such as 'few>=0.30': exit 6 where it is not met")
+    target_prior: str | None = Field(
+        None, description="re-score for this class prior: uniform, train, reversed, or a JSON file of {class: share}"
+    )
+    posthoc_tau: float | None = Field(
+        None, ge=0, le=10, description="post-hoc logit adjustment: this times (log target prior - log implied prior)"
+    )
+    bound: bool = Field(False, description="the terms of the generalisation bound (eqs 27-31), on plain training images")
+    bound_beta: float = Field(1.0, gt=0, description="bound: what the margins of all classes add up to (eq 31), in nats")
+    bound_delta: float = Field(0.05, gt=0, lt=1, description="bound: chance of failure, shared by the classes (eq 29)")
 
 
 STAGES: dict[str, type[StageConfig]] = {
@@ -208,6 +277,7 @@ def read_file(path: Path, stage: str) -> tuple[dict[str, Any], str | None]:
 def resolve(
     stage: str,
     *,
+    methods: list[tuple[str, dict[str, Any]]] | None = None,
     preset: tuple[str, dict[str, Any]] | None = None,
     file: tuple[Path, dict[str, Any]] | None = None,
     flags: dict[str, Any] | None = None,
@@ -215,6 +285,7 @@ def resolve(
 ) -> Resolved:
     """Merge the layers for ``stage`` and validate. All mistakes are told at once, a clause each, in one line.
 
+    ``methods``: what a chosen method brings along (``presets.methods``), each with the name of its source.
     Raises: ConfigError (exit 2) for unknown keys and for values of the wrong type or range.
     """
     model = STAGES[stage]
@@ -225,6 +296,7 @@ def resolve(
         layers.insert(0, (f"file {file[0].name}", file[1]))
     if preset:
         layers.insert(0, (f"preset {preset[0]}", preset[1]))
+    layers = [*(methods or []), *layers]
     unknown: list[str] = []
     for name, layer in layers:
         for key, value in layer.items():

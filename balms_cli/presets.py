@@ -51,6 +51,40 @@ _PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
 }  # fmt: skip
 _PRESETS["meta-sample"] = _PRESETS["retrain"]
 
+# What a method brings along: the key and value that choose it -> its values, and where they come from. The first source is
+# that of the method, the second that of the figures where they are another's.
+_METHODS: dict[tuple[str, Any], tuple[dict[str, Any], str]] = {
+    ("loss", "focal"): ({"focal_gamma": 1.0}, "focal (Lin et al. 2017; gamma of the LDAM-DRW repository)"),
+    ("loss", "cost-sensitive"): ({"loss_exponent": 1.0}, "cost-sensitive (weights 1/n; Bag of Tricks repository)"),
+    ("loss", "class-balanced"): ({"cb_beta": 0.9999}, "class-balanced (Cui et al. 2019; beta of the LDAM-DRW repository)"),
+    ("loss", "class-balanced-sigmoid"): (
+        {"cb_beta": 0.9999}, "class-balanced (Cui et al. 2019; beta of the LDAM-DRW repository)"),
+    ("loss", "class-balanced-focal"): (
+        {"cb_beta": 0.9999, "focal_gamma": 1.0}, "class-balanced (Cui et al. 2019; values of the LDAM-DRW repository)"),
+    ("loss", "ldam"): ({"ldam_margin": 0.5, "cosine_scale": 30.0}, "ldam (Cao et al. 2019, LDAM-DRW repository)"),
+    ("drw", True): ({"cb_beta": 0.9999, "drw_start": 0.8}, "drw (Cao et al. 2019, LDAM-DRW repository: epoch 160 of 200)"),
+    ("loss", "equalization"): ({"eql_gamma": 0.9, "eql_threshold": 0.005},
+                               "equalization (Bag of Tricks repository; the authors' values for CIFAR are unknown)"),
+    ("loss", "logit-adjusted"): ({"loss_exponent": 1.0}, "logit-adjusted (Menon et al. 2021)"),
+    ("classifier", "lws"): ({"loss": "softmax", "sampler": "class"}, "lws (Kang et al. 2020: learned with CBS)"),
+    ("classifier", "cosine"): ({"cosine_scale": 30.0}, "cosine (scale of the LDAM-DRW repository)"),
+    ("reweight", "l2rw"): ({"meta_batch_size": 100}, "l2rw (Ren et al. 2018: batches of 100)"),
+    ("reweight", "meta-weight-net"): (
+        {"meta_batch_size": 100, "weight_net_hidden": 100, "weight_net_lr": 1e-5, "weight_net_decay": 5e-4},
+        "meta-weight-net (Shu et al. 2019, their repository)"),
+}  # fmt: skip
+
+
+def methods(chosen: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The layers that the methods in ``chosen`` (all values known so far) bring along: (source, values) each."""
+    # A meta sampler draws by itself: a method's sampler does not hold beside it.
+    dropped = {"sampler"} if chosen.get("meta_sampler") else set()
+    return [
+        (f"method {source}", {k: v for k, v in values.items() if k not in dropped})
+        for (key, value), (values, source) in _METHODS.items()
+        if chosen.get(key) == value
+    ]
+
 
 def kind_of_data(source_name: str, image_size: tuple[int, int]) -> str:
     """Which family of recipes fits: cifar, digits, small (up to 48 px) or photos."""

@@ -273,7 +273,7 @@ def test_build_loss_by_name():
         ("balanced-sigmoid", 1.0, "balanced-sigmoid"),
     ]:
         want = sum(CASES[case][1](logits_BC, targets_B)) / 11
-        assert build_loss(name, COUNTS, exponent)(logits_BC, targets_B).item() == pytest.approx(want, rel=1e-11)
+        assert build_loss(name, COUNTS, exponent=exponent)(logits_BC, targets_B).item() == pytest.approx(want, rel=1e-11)
 
 
 # The gradient written by hand, and the softmax across rows

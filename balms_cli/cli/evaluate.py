@@ -16,6 +16,12 @@ def command(
     data: o.Data = None,
     require: Annotated[str | None, Option(metavar="EXPR", help="Gate such as 'few>=0.30'; exit 6 where it is not met.")] = None,
     split: Annotated[str | None, Option(help="test, val or train.")] = None,
+    target_prior: Annotated[str | None, Option(metavar="PRIOR", help="Re-score for another class prior: uniform, train, "
+                                               "reversed, or a JSON file {class: share}.")] = None,
+    posthoc_tau: Annotated[float | None, Option(help="Post-hoc logit adjustment: its strength (default 1; the target is "
+                                                "uniform unless --target-prior says otherwise).")] = None,
+    bound: Annotated[bool | None, Option("--bound", help="Margins and terms of the generalisation bound, on training "
+                                         "images.")] = None,
     batch_size: o.BatchSize = None,
     config: o.ConfigFile = None,
     sets: o.Sets = None,

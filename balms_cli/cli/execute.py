@@ -20,12 +20,12 @@ def _resolve(stage: str, params: Params, kind: str | None = None):
     if path is not None and path.is_dir():
         path = path / CONFIG
     values, preset = read_file(path, stage) if path else ({}, None)
-    chosen = None
+    chosen, given = None, {**values, **flags, **sets}
     if kind is not None:
         name = params.get("preset") or preset
-        device = {**values, **sets, **flags}.get("device", "auto")
-        chosen = presets.choose(stage, kind, name, on_gpu=name is None and _on_gpu(device))
-    return resolve(stage, preset=chosen, file=(path, values) if path else None, flags=flags, sets=sets)
+        chosen = presets.choose(stage, kind, name, on_gpu=name is None and _on_gpu(given.get("device", "auto")))
+    return resolve(stage, methods=presets.methods({**(chosen[1] if chosen else {}), **given}), preset=chosen,
+                   file=(path, values) if path else None, flags=flags, sets=sets)  # fmt: skip
 
 
 def _on_gpu(device: str) -> bool:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-_SAMPLERS = ("instance", "class", "square-root", "progressive")
+from ..config import CLASSIFIERS, LOSSES, REWEIGHTERS, SAMPLERS
+
 _OUTPUT, _RECIPE, _RUN = "Output", "Recipe", "Run"
 
 
@@ -47,11 +48,19 @@ Steps = Annotated[int | None, Option(help="Optimizer steps.", rich_help_panel=_R
 Epochs = Annotated[float | None, Option(help="Passes over the training images (instead of --steps).", rich_help_panel=_RECIPE)]
 BatchSize = Annotated[int | None, Option(help="Images a step.", rich_help_panel=_RECIPE)]
 Lr = Annotated[float | None, Option(help="Peak learning rate.", rich_help_panel=_RECIPE)]
-Loss = Annotated[str | None, Option(help="softmax, balanced or balanced-sigmoid.",
-                                    autocompletion=_complete("softmax", "balanced", "balanced-sigmoid"))]  # fmt: skip
-LossExponent = Annotated[float | None, Option(help="tau of Balanced Softmax: logits + tau log n (default 1).")]
+Loss = Annotated[str | None, Option(help=f"Training loss: {', '.join(LOSSES)}.", autocompletion=_complete(*LOSSES))]
+LossExponent = Annotated[float | None, Option(help="tau of balanced and logit-adjusted: logits + tau log n (default 1); "
+                                              "of cost-sensitive: 1/n^tau.")]  # fmt: skip
+Drw = Annotated[bool | None, Option("--drw", help="Deferred re-weighting: class weights for the last fifth of the steps.")]
+Classifier = Annotated[str | None, Option(help="linear (cRT), cosine, lws, tau-norm or ncm (default: a fresh linear layer; "
+                                          "cosine for ldam).", autocompletion=_complete(*CLASSIFIERS))]  # fmt: skip
+Head = Annotated[str | None, Option("--classifier", help="linear or cosine (default: linear; cosine for ldam).",
+                                    autocompletion=_complete("linear", "cosine"))]  # fmt: skip
+TauNorm = Annotated[float | None, Option(help="Exponent of --classifier tau-norm (default: best on the validation split).")]
+Reweight = Annotated[str | None, Option(help="Learn a weight for each example: l2rw or meta-weight-net (4 to 5 times slower).",
+                                        autocompletion=_complete(*REWEIGHTERS))]  # fmt: skip
 Sampler = Annotated[str | None, Option(help="instance, class (CBS), square-root, progressive, or a rates.json.",
-                                       autocompletion=_complete(*_SAMPLERS))]  # fmt: skip
+                                       autocompletion=_complete(*SAMPLERS))]  # fmt: skip
 
 Device = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 ...", autocompletion=_complete("auto", "cpu", "cuda"),
                                       rich_help_panel=_RUN)]  # fmt: skip
@@ -68,8 +77,8 @@ Data = Annotated[Path | None, Option(help="Another manifest than the checkpoint'
 MetaEstimator = Annotated[str | None, Option(help="class (B x C), image (the text's own, B x N) or expected.",
                                              autocompletion=_complete("class", "image", "expected"))]  # fmt: skip
 GumbelTemperature = Annotated[float | None, Option(help="Temperature of the relaxed draw (default 1).")]
-Hypergradient = Annotated[str | None, Option(help="closed-form, jvp or higher: the same number at another cost.",
-                                             autocompletion=_complete("closed-form", "jvp", "higher"))]  # fmt: skip
+Hypergradient = Annotated[str | None, Option(help="auto, closed-form, jvp or higher: the same number at another cost.",
+                                             autocompletion=_complete("auto", "closed-form", "jvp", "higher"))]  # fmt: skip
 MetaSet = Annotated[str | None, Option(help="Where meta images come from: train, or the held-out meta split.")]
 FeatureMode = Annotated[str | None, Option("--features", help="bank (computed once) or online (anew every step).")]
 Views = Annotated[int | None, Option(help="Augmented views of every image in the feature bank.")]

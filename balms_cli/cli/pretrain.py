@@ -14,7 +14,11 @@ def command(
     data: Annotated[str | None, Argument(metavar="DATA", help="A manifest, - for stdin (default: the newest).")] = None,
     loss: o.Loss = None,
     loss_exponent: o.LossExponent = None,
+    drw: o.Drw = None,
+    classifier: o.Head = None,
     sampler: o.Sampler = None,
+    reweight: o.Reweight = None,
+    meta_set: o.MetaSet = None,
     backbone: Annotated[
         str | None, Option(help="resnet32 (CIFAR), or any torchvision classifier: resnet18, vit_b_16 ...")
     ] = None,

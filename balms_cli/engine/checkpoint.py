@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from ..data.aside import replace_file
 from ..errors import CheckpointError, one_line
 from ..models.backbones import build_backbone
-from ..models.classifiers import Classifier, linear_head
+from ..models.classifiers import Classifier, CosineHead, linear_head
 from .header import Header, read_header
 
 
@@ -34,7 +34,8 @@ def load_model(path: Path) -> tuple[Classifier, Header]:
         raise CheckpointError(f"{path}: the classifier's weights do not fit {len(header.classes)} classes x "
                               f"{header.feature_dim} features")  # fmt: skip
     backbone = build_backbone(header.backbone, header.image_size)
-    model = Classifier(backbone, linear_head(header.feature_dim, len(header.classes)))
+    make_head = CosineHead if header.head == "cosine" else linear_head
+    model = Classifier(backbone, make_head(header.feature_dim, len(header.classes)))
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

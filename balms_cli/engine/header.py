@@ -20,7 +20,11 @@ _MAX_HEADER_BYTES = 50_000_000
 
 
 class Header(BaseModel):
-    """What ``model.safetensors`` says of itself. ``implied_log_prior``: the class prior its raw logits are right for."""
+    """What ``model.safetensors`` says of itself.
+
+    ``implied_log_prior``: the class prior that its raw logits are right for; with ``prior_exact`` false only the law that
+    training was fed with, since the loss or classifier leaves no prior that could be written down.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -34,10 +38,12 @@ class Header(BaseModel):
     class_counts: list[int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    head: Literal["linear", "untrained"]
+    head: Literal["linear", "cosine", "untrained"]
+    classifier: str = "linear"  # how the head came about: linear (cRT), cosine, lws, tau-norm, ncm
     loss: str
     sampler: str
     implied_log_prior: list[float]
+    prior_exact: bool = True
     recipe: dict[str, Any]
     data: dict[str, Any]
     manifest: str

@@ -1,6 +1,7 @@
 """The learning rate as a pure function of the step, and a step that never spoils the weights."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,15 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup_steps: int = 0, 
     return 0.5 * peak * (1 + math.cos(math.pi * progress))
 
 
-def make_sgd(module: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with momentum over every parameter that asks for a gradient (fused: one kernel for all of them)."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+def make_sgd(module: nn.Module, config: TrainConfig, undecayed: Iterable[nn.Parameter] = ()) -> torch.optim.SGD:
+    """SGD with momentum over every parameter that asks for a gradient (fused: one kernel for all of them).
+
+    ``undecayed``: those of them that weight decay leaves alone.
+    """
+    apart = {id(p) for p in undecayed}
+    decayed = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
+    groups = [{"params": decayed}] + ([{"params": list(undecayed), "weight_decay": 0.0}] if apart else [])
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
                            nesterov=config.nesterov and config.momentum > 0, fused=True)  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Influence: one number an example, and the whole of the bi-level step.
 
-The inner loss is (1/B) sum_i s_i l_i(w); one step of SGD on it leads from w to w'; the meta loss is read at w'. The
-meta-learner asks for h_i = d L_meta(w') / d s_i. One SGD step is linear in s, so no second-order graph is needed:
+The inner loss is (1/B) sum_i s_i l_i(w), B the batch size or the loss's own denominator; one step of SGD on it leads from
+w to w'; the meta loss is read at w'. The meta-learner asks for h_i = d L_meta(w') / d s_i. One SGD step is linear in s, so
+no second-order graph is needed:
 
     v' = mu v + g + lambda w,     w' = w - eta v'          (Nesterov: w' = w - eta (g + lambda w + mu v'))
     h_i = < grad l_i(w), D >,     D = -(eta kappa / B) grad L_meta(w'),     kappa = 1 (Nesterov: 1 + mu)
@@ -23,10 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from ..losses import SoftmaxLoss
 
 Params = dict[str, Tensor]
+Weights = Tensor | float | Callable[[Tensor], Tensor] | None
 
 
 class Influence(NamedTuple):
@@ -45,16 +49,22 @@ def influence(
     batch: tuple[Tensor, Tensor],
     meta_batch: tuple[Tensor, Tensor],
     *,
-    weights_B: Tensor | None = None,
+    weights_B: Weights = None,
     meta_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     method: str = "auto",
 ) -> Influence:
     """h_i = d meta_loss(w') / d s_i for every example of ``batch``, at s = ``weights_B`` (default: ones).
 
     ``model`` maps the inputs of ``batch = (inputs, targets_B)`` to logits [B, C]; ``optimizer`` holds its parameters and
-    is not changed, its live momentum buffers and learning rates are used. ``loss`` needs ``per_example``. ``method`` is
-    ``closed-form`` (``model`` is ``nn.Linear``), ``jvp``, ``higher``, or ``auto``: the first that fits. A model that draws
-    at random in its forward pass (dropout) draws anew in each pass, so its h belongs to another draw than ``grads``.
+    is not changed, its live momentum buffers and learning rates are used. ``loss`` needs ``per_example``, and may have a
+    ``denominator(targets_B)`` other than B. ``method`` is ``closed-form`` (``model`` is ``nn.Linear``), ``jvp``, ``higher``,
+    or ``auto``: the first that fits. A model that draws at random in its forward pass (dropout) draws anew in each pass, so
+    its h belongs to another draw than ``grads``.
+
+    ``weights_B`` is a tensor [B]; or a function that makes it from the losses at w ([B], detached), for a meta-learner that
+    weighs by loss (``MetaWeightNet.weights``); or one number for every example. The number 0 (L2RW looks ahead from there)
+    says that ``grads`` are zeros without computing them: ``jvp`` then has no first pass, neither forward nor backward, and
+    takes ``losses_B`` from the forward-mode pass. Zeros in a tensor are not looked for.
 
     Raises ValueError for an optimizer whose step is not the one above, and for closed-form on another model.
     """
@@ -95,8 +105,10 @@ def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
     params = dict(head.named_parameters())
     logits_BC = F.linear(features_BD, head.weight.detach(), None if head.bias is None else head.bias.detach())
     losses_B, dlogits_BC = _with_gradient(loss, logits_BC, targets_B)
+    weights_B = _weights_at(weights_B, losses_B)
     weighted_BC = dlogits_BC if weights_B is None else dlogits_BC * weights_B[:, None]
-    grads = _outer(weighted_BC / len(targets_B), features_BD, head)
+    count = _denominator(loss, targets_B)
+    grads = _outer(weighted_BC / count, features_BD, head)
 
     ahead, rate = sgd_lookahead(params, grads, optimizer)
     meta_logits_MC = F.linear(meta_MD, ahead["weight"], ahead.get("bias"))
@@ -104,9 +116,22 @@ def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
     meta_grads = _outer(dmeta_MC, meta_MD, head)
 
     # The one matrix product that stands for the second-order graph: <grad l_i, D> for every i at once.
-    direction = {name: g * (-rate[name] / len(targets_B)) for name, g in meta_grads.items()}
+    direction = {name: g * (-rate[name] / count) for name, g in meta_grads.items()}
     influence_B = (dlogits_BC * F.linear(features_BD, direction["weight"], direction.get("bias"))).sum(1)
     return Influence(influence_B, losses_B, grads, meta_value)
+
+
+def _denominator(loss: SoftmaxLoss, targets_B: Tensor) -> Tensor | int:
+    return loss.denominator(targets_B) if hasattr(loss, "denominator") else len(targets_B)
+
+
+def _weights_at(weights_B: Weights, losses_B: Tensor) -> Tensor | None:
+    """The weights as a tensor like ``losses_B``, without a graph; None: all ones."""
+    if callable(weights_B):
+        weights_B = weights_B(losses_B.detach())
+    if isinstance(weights_B, int | float):
+        return torch.full_like(losses_B, weights_B, requires_grad=False)
+    return None if weights_B is None else weights_B.detach().to(losses_B)
 
 
 def _with_gradient(loss: SoftmaxLoss, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,24 +166,52 @@ def _outer(dlogits_BC: Tensor, features_BD: Tensor, head: nn.Linear) -> Params:
 def _forward_mode(model, optimizer, loss, batch, meta_batch, weights_B, meta_loss) -> Influence:
     (inputs, targets_B), (meta_inputs, meta_targets_M) = batch, meta_batch
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    count = _denominator(loss, targets_B)
 
     def logits(at: Params, x: Tensor) -> Tensor:
         # BatchNorm in train mode writes its buffers: on clones, so that looking ahead leaves no trace.
         return functional_call(model, {**at, **{n: b.clone() for n, b in model.named_buffers()}}, (x,))
 
+    def terms(at: Params) -> Tensor:
+        return loss.per_example(logits(at, inputs), targets_B)
+
+    losses_B, grads = None, {name: torch.zeros_like(p) for name, p in params.items()}
     with torch.enable_grad():
-        losses_B = loss.per_example(logits(params, inputs), targets_B)
-        weighted = losses_B if weights_B is None else losses_B * weights_B
-        grads = dict(zip(params, torch.autograd.grad(weighted.sum() / len(targets_B), params.values()), strict=True))
+        if not (isinstance(weights_B, int | float) and weights_B == 0):
+            losses_B = terms(params)
+            weights_B = _weights_at(weights_B, losses_B)
+            weighted = losses_B if weights_B is None else losses_B * weights_B
+            grads = _gradient(weighted.sum() / count, params)
         ahead, rate = sgd_lookahead(params, grads, optimizer)
         ahead = {name: w.requires_grad_() for name, w in ahead.items()}
         meta_value = meta_loss(logits(ahead, meta_inputs), meta_targets_M)
-        meta_grads = dict(zip(params, torch.autograd.grad(meta_value, ahead.values()), strict=True))
+        meta_grads = _gradient(meta_value, ahead)
 
-    direction = {name: g * (-rate[name] / len(targets_B)) for name, g in meta_grads.items()}
+    direction = {name: g * (-rate[name] / count) for name, g in meta_grads.items()}
     here = {name: p.detach() for name, p in params.items()}
-    _, influence_B = jvp(lambda at: loss.per_example(logits(at, inputs), targets_B), (here,), (direction,))
-    return Influence(influence_B, losses_B.detach(), grads, meta_value.detach())
+    # No graph: each layer's tensors go once the next has read them. Of attention only the plain form has a forward mode.
+    with torch.no_grad(), _NormsKeepTheType(), sdpa_kernel(SDPBackend.MATH):
+        losses_here_B, influence_B = jvp(terms, (here,), (direction,))
+    return Influence(influence_B, losses_here_B if losses_B is None else losses_B.detach(), grads, meta_value.detach())
+
+
+def _gradient(value: Tensor, params: Params) -> Params:
+    # Autocast is for forward passes: here it would round the matrix products of layers that ran in float32.
+    with torch.autocast(value.device.type, enabled=False):
+        return dict(zip(params, torch.autograd.grad(value, params.values()), strict=True))
+
+
+class _NormsKeepTheType(TorchFunctionMode):
+    """Under autocast a norm reads bf16 maps and float32 parameters. Its value comes out in bf16, but its forward-mode
+    derivative in float32, which the next layer refuses. So: all in float32, as the kernel does inside, then both rounded."""
+
+    NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.NORMS and args and args[0].dtype in (torch.bfloat16, torch.float16):
+            return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+        return func(*args, **kwargs)
 
 
 def _through_higher(model, optimizer, loss, batch, meta_batch, weights_B, meta_loss) -> Influence:
@@ -167,16 +220,20 @@ def _through_higher(model, optimizer, loss, batch, meta_batch, weights_B, meta_l
         import higher
 
         (inputs, targets_B), (meta_inputs, meta_targets_M) = batch, meta_batch
-        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        start_B = torch.ones(len(targets_B)) if weights_B is None else weights_B
+        seen: list[Tensor] = []  # the gradients of the step itself, so that the reference costs no pass beyond its own
+
+        def note(grads):
+            seen.extend(grads)
+            return grads
+
         with torch.enable_grad(), higher.innerloop_ctx(model, optimizer, copy_initial_weights=False) as (fmodel, diffopt):
-            at_w = {n: p for n, p in fmodel.named_parameters() if n in params}
+            learnt = [(name, p.requires_grad) for name, p in fmodel.named_parameters()]
             losses_B = loss.per_example(fmodel(inputs), targets_B)
-            s_B = start_B.to(losses_B).detach().requires_grad_()
-            inner = (s_B * losses_B).sum() / len(targets_B)
-            grads = torch.autograd.grad(inner, at_w.values(), retain_graph=True)
-            diffopt.step(inner)
+            s_B = _weights_at(1.0 if weights_B is None else weights_B, losses_B).clone().requires_grad_()
+            inner = (s_B * losses_B).sum() / _denominator(loss, targets_B)
+            with torch.autocast(inner.device.type, enabled=False):
+                diffopt.step(inner, grad_callback=note)
             meta_value = meta_loss(fmodel(meta_inputs), meta_targets_M)
-            (influence_B,) = torch.autograd.grad(meta_value, s_B)
-    grads = {name: g.detach() for name, g in zip(params, grads, strict=True)}
+            influence_B = _gradient(meta_value, {"s_B": s_B})["s_B"]
+    grads = {name: g.detach() for (name, learns), g in zip(learnt, seen, strict=True) if learns}
     return Influence(influence_B.detach(), losses_B.detach(), grads, meta_value.detach())

@@ -17,7 +17,7 @@ from ..engine.checkpoint import save_model
 from ..engine.header import Header
 from ..engine.run_dir import MODEL, REPORT, RunDir
 from ..engine.runtime import Runtime, versions
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..models.classifiers import Classifier
 from ..reporter import Reporter
 
@@ -78,6 +78,12 @@ def check_classes(header: Header, manifest: Manifest, path: Path) -> None:
             f"{path} was trained on other classes than {manifest.path} (only in the data: {only}; only in "
             f"the checkpoint: {gone}); to reuse its backbone: balms pretrain --weights {path} --frozen"
         )
+
+
+def check_meta_set(meta_set: str, manifest: Manifest) -> None:
+    """Raises ConfigError (exit 2) where the meta split that the configuration asks for is not there."""
+    if meta_set == "meta" and "meta" not in manifest.splits:
+        raise ConfigError(f"{manifest.path} has no meta split; make one: balms make-lt ... --meta-per-class 10")
 
 
 def data_summary(manifest: Manifest) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Decoupled classifier training: a fresh linear head on a fixed feature extractor. What retrain and meta-sample share.
+"""Decoupled classifier training: a new head on a fixed feature extractor. What retrain and meta-sample share.
 
 One iteration with a meta-learner: draw a batch; look one SGD step ahead and read a class-balanced meta batch there; one
 number an example comes back, its influence on the meta loss; Adam moves the class rates by it; then the real step, on
@@ -23,15 +23,15 @@ from ..engine.loop import Job, train
 from ..engine.optim import Guard, learning_rate, make_sgd
 from ..engine.run_dir import RunDir
 from ..engine.runtime import Runtime, one_thread
-from ..errors import ConfigError
-from ..losses import BalancedSigmoidLoss, SoftmaxLoss, build_loss
 from ..meta.influence import influence
 from ..meta.reweigher import MetaReweigher
 from ..meta.sampler import MetaSampler
-from ..models.classifiers import Classifier, linear_head
+from ..models.classifiers import Classifier, LWSHead, stage1_linear
 from ..reporter import Reporter
 from .common import total_steps
 from .features import Features, read_features
+from .heads import fresh_head, training_loss, undecayed
+from .training_free import class_means, tau_norm
 
 # Streams of random numbers, one a purpose: (seed, stream, step) names every draw.
 _HEAD, _TRAIN_VIEWS, _META_VIEWS, _DRAW, _META_DRAW = 7, 8, 9, 10, 11
@@ -39,30 +39,46 @@ _HEAD, _TRAIN_VIEWS, _META_VIEWS, _DRAW, _META_DRAW = 7, 8, 9, 10, 11
 
 @dataclass(frozen=True)
 class Fit:
-    """What classifier training yields. ``law``: the class law of its draws, as far as they are weighted; ``rates``: learned."""
+    """What stage 2 yields. ``log_prior``: what its raw logits are right for, exactly or not; ``rates``: learned ones."""
 
-    head: nn.Linear
-    loss: SoftmaxLoss
-    law: Tensor
+    head: nn.Module
+    log_prior: Tensor
+    prior_exact: bool
     rates: Tensor | None
     report: dict[str, Any]
 
 
 def fit_head(config: RetrainConfig, stage: str, model: Classifier, parent: Header, parent_file: Path, manifest: Manifest,
              rates_C: Tensor | None, folder: RunDir, runtime: Runtime, reporter: Reporter, *, resume: bool) -> Fit:  # fmt: skip
-    """Train a fresh head on the features of ``model``'s backbone, which stays bit for bit what it was."""
+    """A new head on the features of ``model``'s backbone, which stays bit for bit what it was: trained, or made (tau-norm,
+    ncm) without training."""
     device = runtime.device
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    train_set = read_features(config, "train", model, parent, parent_file, manifest, runtime, reporter)
-    meta_set = train_set
-    if config.meta_set == "meta" and (config.meta_sampler or config.meta_reweigher):
-        meta_set = read_features(config, "meta", model, parent, parent_file, manifest, runtime, reporter)
+
+    def features(split: str, config: RetrainConfig = config) -> Features:
+        return read_features(config, split, model, parent, parent_file, manifest, runtime, reporter)
+
+    plain_views = config.model_copy(update={"augment": False, "features": "bank"})
+    if config.head == "tau-norm":
+        val = None if config.tau_norm is not None else features("val", plain_views)
+        head, report = tau_norm(config, model.head, parent, manifest, val, reporter)
+        return Fit(head, torch.tensor(parent.implied_log_prior, dtype=torch.float64), config.tau_norm == 0 and parent.prior_exact, None, report)
+    if config.head == "ncm":
+        head = class_means(config, features("train", plain_views), len(parent.classes))
+        return Fit(head, torch.zeros(len(parent.classes)), False, None, {})
 
     counts_C = torch.tensor(manifest.class_counts)
-    head = linear_head(parent.feature_dim, len(counts_C), torch.Generator().manual_seed(mix(config.seed, _HEAD))).to(device)
-    loss = build_loss(config.loss, counts_C, config.loss_exponent).to(device).float()
+    loss = training_loss(config, counts_C).to(device).float()
+    if config.head == "lws":
+        head = LWSHead(stage1_linear(model.head, parent.head, "lws")).to(device)
+    else:
+        head = fresh_head(config, parent.feature_dim, loss, len(counts_C), mix(config.seed, _HEAD)).to(device)
+    train_set = features("train")
+    with_meta_split = config.meta_set == "meta" and (config.meta_sampler or config.meta_reweigher)
+    meta_set = features("meta") if with_meta_split else train_set
+
     steps = total_steps(config, len(train_set.labels))
-    optimizer = make_sgd(head, config)
+    optimizer = make_sgd(head, config, undecayed(head, loss))
     parts: dict[str, Any] = {"head": head, "optimizer": optimizer}
     learner = _learner(config, counts_C, device)
     draw = batches(config.sampler, train_set.index, config.batch_size, steps, config.seed, rates_C)
@@ -74,22 +90,26 @@ def fit_head(config: RetrainConfig, stage: str, model: Classifier, parent: Heade
         make = sampler_step if config.meta_sampler else reweigher_step
         step = make(config, head, optimizer, loss, learner, adam, train_set, meta_set, draw)
 
+    def told_step(i: int, guard: Guard) -> Tensor:
+        loss.at_step(i, steps, config.seed)
+        return step(i, guard)
+
     def schedule(i: int) -> float:
         return learning_rate(i, steps, peak=config.lr, warmup_steps=config.warmup_steps, warmup_lr=config.warmup_lr)
 
-    job = Job(stage, steps, parts, optimizer, schedule, step, config.batch_size, extras=_extras(learner))
+    job = Job(stage, steps, parts, optimizer, schedule, told_step, config.batch_size, extras=_extras(learner))
     with one_thread(device):
         seconds = train(job, folder, device, reporter, resume=resume, checkpoint_seconds=config.checkpoint_seconds)
     report = {"steps": steps, "seconds": round(seconds, 2), "final_loss": folder.final_loss(),
-              "hypergradient": config.hypergradient if learner is not None else None}  # fmt: skip
-    law_C, rates = _law(config, learner, rates_C, counts_C), learner.rates.cpu() if learner else None
-    return Fit(head.cpu(), loss.cpu(), law_C, rates, report)
+              "hypergradient": _route(config) if learner is not None else None}  # fmt: skip
+    log_prior_C = loss.cpu().implied_log_prior(_law(config, learner, rates_C, counts_C).log())
+    head = head.cpu().fold() if isinstance(head, LWSHead) else head.cpu()
+    return Fit(head, log_prior_C, loss.prior_is_exact, learner.rates.cpu() if learner else None, report)
 
 
-def check_meta_set(config: RetrainConfig, manifest: Manifest) -> None:
-    """Raises ConfigError (exit 2) where the meta split that the configuration asks for is not there."""
-    if config.meta_set == "meta" and "meta" not in manifest.splits:
-        raise ConfigError(f"{manifest.path} has no meta split; make one: balms make-lt ... --meta-per-class 10")
+def _route(config: RetrainConfig) -> str:
+    """The way to the hypergradient that is meant: ``auto`` is the closed form where the head is linear."""
+    return config.hypergradient if config.hypergradient != "auto" else "closed-form" if config.head == "linear" else "jvp"
 
 
 def plain_step(head, optimizer, loss, data: Features, draw) -> Callable[[int, Guard], Tensor]:
@@ -120,7 +140,7 @@ def sampler_step(config, head, optimizer, loss, sampler: MetaSampler, adam, data
         # Drawn examples weigh one each, so the gradient that looked ahead is the one of the real step.
         for name, parameter in head.named_parameters():
             parameter.grad = seen.grads[name]
-        value = seen.losses_B.mean()
+        value = loss.reduce(seen.losses_B, drawn.classes_B)
         guard.step(value + seen.meta_loss, adam, optimizer)
         return value
 
@@ -138,7 +158,8 @@ def reweigher_step(config, head, optimizer, loss, reweigher: MetaReweigher, adam
         seen = ahead(i, (features_BD, targets_B), reweigher.weights(targets_B))
         reweigher.theta.grad = reweigher.gradient(targets_B, seen.influence_B)
         guard.step(seen.meta_loss, adam)
-        value = (loss.per_example(head(features_BD), targets_B) * reweigher.weights(targets_B)).mean()
+        losses_B = loss.per_example(head(features_BD), targets_B)
+        value = loss.reduce(losses_B * reweigher.weights(targets_B), targets_B)
         optimizer.zero_grad()
         value.backward()
         guard.step(value, optimizer)
@@ -152,15 +173,13 @@ def _look_ahead(config, head, optimizer, loss, meta: Features):
     uniform_C = torch.ones(len(meta.index.counts), dtype=torch.float64, device=meta.labels.device)
     edges_C = uniform_C.cumsum(0)
     generator = torch.Generator(meta.labels.device)
-    # Without prior: cross-entropy; for the sigmoid family, equal counts leave the plain binary cross-entropies.
-    plain = BalancedSigmoidLoss(uniform_C.cpu()) if isinstance(loss, BalancedSigmoidLoss) else SoftmaxLoss()
-    plain = plain.to(meta.labels.device).float()
+    plain = loss.plain()
 
     def ahead(i: int, batch: tuple[Tensor, Tensor], weights_B: Tensor | None):
         images_M = meta.index.draw(edges_C, config.meta_batch_size, generator.manual_seed(mix(config.seed, _META_DRAW, i)))
         meta_batch = (meta.read(images_M, i, _META_VIEWS), meta.labels.index_select(0, images_M))
         return influence(head, optimizer, loss, batch, meta_batch, weights_B=weights_B, meta_loss=plain,
-                         method=config.hypergradient)  # fmt: skip
+                         method=_route(config))  # fmt: skip
 
     return ahead
 

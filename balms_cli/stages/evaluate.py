@@ -1,22 +1,26 @@
 """``balms evaluate``: the only place that reads test data."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..bound import bound_terms
 from ..config import EvaluateConfig
 from ..data.features import extract_all
 from ..data.manifest import Manifest, now
 from ..engine.checkpoint import load_model
-from ..engine.header import read_header
+from ..engine.header import Header, read_header
 from ..engine.run_dir import manifest_of
-from ..engine.runtime import setup, versions
+from ..engine.runtime import Runtime, setup, versions
 from ..errors import CheckpointError, DataError, GateError
 from ..metrics import Gate, summarise
+from ..models.classifiers import Classifier
 from ..reporter import Reporter
-from .common import check_classes, load_images
+from .common import Images, check_classes, load_images
+from .prior import adjustment
 
 _SHOWN = 30
 
@@ -50,11 +54,16 @@ def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, rep
             raise DataError(f"{manifest.path} has no {config.split} images")
         if header.manifest_sha256 != manifest.sha256:
             reporter.warn(f"{file.parent.name} was trained on another draw of the data than {manifest.path.name}")
-    loaded: dict[tuple, Any] = {}
+    for header in headers:
+        adjustment(config, header)
+    cache = _Cache(config, runtime, reporter)
     results = [
-        _score(config, file, manifest, runtime, loaded, reporter) for file, manifest in zip(files, manifests, strict=True)
+        _score(config, file, manifest, runtime, cache, reporter) for file, manifest in zip(files, manifests, strict=True)
     ]
     show(results, reporter)
+    for result in results:
+        if "bound" in result:
+            show_bound(result, reporter)
     if gate:
         for result in results:
             gate.met_by(result)  # an empty group is told before anything is printed as a result
@@ -71,37 +80,106 @@ def hold_gate(config: EvaluateConfig, evaluation: Evaluation) -> None:
             raise GateError(f"--require {gate} is not met: {gate.metric} is {result[gate.metric]:.4f} ({result['run']})")
 
 
-def _score(config: EvaluateConfig, file: Path, manifest: Manifest, runtime, loaded: dict, reporter: Reporter) -> dict[str, Any]:
+def _score(config: EvaluateConfig, file: Path, manifest: Manifest, runtime, cache: "_Cache", reporter: Reporter
+           ) -> dict[str, Any]:  # fmt: skip
     model, header = load_model(file)
-    key = (manifest.path, header.image_size)
-    if key not in loaded:
-        loaded.clear()  # one split in memory at a time
-        loaded[key] = load_images(manifest, config.split, header.image_size, torch.device("cpu"), reporter)
-    images = loaded[key]
-    model.to(runtime.device, memory_format=torch.channels_last)
-
-    def logits(batch: torch.Tensor) -> torch.Tensor:
-        with runtime.autocast():
-            return model(batch.contiguous(memory_format=torch.channels_last))
-
-    mean, std = (torch.tensor(v, device=runtime.device) for v in (header.mean, header.std))
-    logits_NC = extract_all(
-        logits, images.pixels, mean, std, batch_size=config.batch_size, reporter=reporter, what=file.parent.name
-    )
+    logits_NC, labels_N = cache.logits(model, header, manifest, config.split, file.parent.name)
+    shift_C = adjustment(config, header)
+    if shift_C is not None:
+        logits_NC = logits_NC + shift_C.to(logits_NC)
+        if not header.prior_exact:
+            reporter.warn(f"{file.parent.name}: {header.classifier} with {header.loss} leaves no exact prior in its logits; "
+                          "re-scored as if it were that of its training law")  # fmt: skip
     # Classes are matched by name: columns into the manifest's order, whatever order the checkpoint has.
     order = [header.classes.index(name) for name in manifest.classes]
     counts = [header.class_counts[c] for c in order]
-    result = summarise(logits_NC[:, order].numpy(), images.labels.numpy(), manifest.classes, counts)
+    result = summarise(logits_NC[:, order].numpy(), labels_N.numpy(), manifest.classes, counts)
+    if shift_C is not None:
+        result |= {"target_prior": config.target_prior or "uniform", "prior_exact": header.prior_exact,
+                   "posthoc_tau": 1.0 if config.posthoc_tau is None else config.posthoc_tau}  # fmt: skip
+    if config.bound:
+        train_NC, train_N = cache.logits(model, header, manifest, "train", file.parent.name)
+        losses_N = torch.nn.functional.cross_entropy(train_NC[:, order].double(), train_N, reduction="none")
+        result["bound"] = bound_terms(losses_N.numpy(), train_N.numpy(), counts, total=config.bound_beta,
+                                      delta=config.bound_delta)  # fmt: skip
+        result["bound"]["classes"] = manifest.classes
     return result | {
-        "run": str(file.parent), "stage": header.stage, "loss": header.loss, "sampler": header.sampler,
-        "seed": header.recipe["seed"], "split": config.split, "images": len(images.labels), "data": header.data,
-        "manifest_sha256": manifest.sha256, "device": runtime.describe(), "versions": versions(), "date": now()[:10],
+        "run": str(file.parent), "stage": header.stage, "classifier": header.classifier, "loss": header.loss,
+        "sampler": header.sampler, "seed": header.recipe["seed"], "split": config.split, "images": len(labels_N),
+        "data": header.data, "manifest_sha256": manifest.sha256, "device": runtime.describe(), "versions": versions(),
+        "date": now()[:10],
     }  # fmt: skip
+
+
+class _Cache:
+    """Logits of a split, with the images of the last split and the features of the last backbone kept: checkpoints that
+    share a frozen backbone cost one pass over the images."""
+
+    def __init__(self, config: EvaluateConfig, runtime: Runtime, reporter: Reporter):
+        self.config, self.runtime, self.reporter = config, runtime, reporter
+        self.images: tuple[Any, Images | None] = (None, None)
+        self.features: tuple[Any, torch.Tensor | None] = (None, None)
+
+    def logits(self, model: Classifier, header: Header, manifest: Manifest, split: str, name: str
+               ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Raw logits [N, C] in the checkpoint's class order, and labels [N] in the manifest's."""
+        key = (manifest.path, split, header.image_size)
+        if self.images[0] != key:
+            self.images = (None, None)  # one split in memory at a time
+            self.images = (key, load_images(manifest, split, header.image_size, torch.device("cpu"), self.reporter))
+        images = self.images[1]
+        key = (*key, header.mean, header.std, _fingerprint(model.backbone))
+        if self.features[0] != key:
+            self.features = (key, self._extract(model.backbone, header, images, name))
+        with torch.no_grad():
+            return model.head(self.features[1]), images.labels
+
+    def _extract(self, backbone: torch.nn.Module, header: Header, images: Images, name: str) -> torch.Tensor:
+        device = self.runtime.device
+        backbone.to(device, memory_format=torch.channels_last)
+
+        def features(batch: torch.Tensor) -> torch.Tensor:
+            with self.runtime.autocast():
+                return backbone(batch.contiguous(memory_format=torch.channels_last))
+
+        mean, std = (torch.tensor(v, device=device) for v in (header.mean, header.std))
+        return extract_all(
+            features, images.pixels, mean, std, batch_size=self.config.batch_size, reporter=self.reporter, what=name
+        )
+
+
+def _fingerprint(module: torch.nn.Module) -> str:
+    """Names a network by its weights."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def percent(value: float | None) -> str:
     """How an accuracy is shown: percent with one decimal, an en dash for an empty group."""
     return "–" if value is None else f"{100 * value:.1f}"
+
+
+def show_bound(result: dict[str, Any], reporter: Reporter) -> None:
+    """The terms of the bound, class by class, and what they are not."""
+    bound = result["bound"]
+    columns = ["class", "n", "margin gamma*", "loss margin 5 %", "median", "error", "error at gamma*", "complexity", "epsilon"]
+
+    def cells(name: str, n: str, row: dict[str, Any]) -> list[str]:
+        quantiles = row["margin_quantiles"]
+        numbers = [row["gamma"], quantiles["q5"], quantiles["q50"], row["error"], row["margin_error"], row["complexity"],
+                   row["epsilon"]]  # fmt: skip
+        return [name, n, *("–" if v is None else f"{v:.3f}" for v in numbers)]
+
+    rows = [cells(name, str(row["n"]), row) for name, row in zip(bound["classes"], bound["per_class"], strict=True)]
+    half = _SHOWN // 2
+    shown = rows if len(rows) <= _SHOWN else [*rows[:half], ["..."] + [""] * 8, *rows[-half:]]
+    title = f"{Path(result['run']).name}: terms of the bound on {bound['images']} training images, t = {bound['threshold']:.3f}"
+    reporter.table(title, columns, [*shown, cells("mean", "", bound["mean"])])
+    reporter.note(f"complexity: relative to sqrt(C(F)); margins gamma* make its sum {bound['complexity_ratio']:.3f} of that of "
+                  f"equal margins. B in epsilon: {bound['loss_range']:.2f} ({bound['loss_range_source']}). {bound['note']}")  # fmt: skip
 
 
 def show(results: list[dict[str, Any]], reporter: Reporter) -> None:
@@ -110,6 +188,8 @@ def show(results: list[dict[str, Any]], reporter: Reporter) -> None:
     keys = ["top1", "top5", "balanced_accuracy", "many", "medium", "few", "rarest3"]
     first = results[0]
     title = f"{first['data']['name']}, {first['split']} split, {first['images']} images, accuracy %"
+    if "target_prior" in first:
+        title += f", re-scored for the {first['target_prior']} prior (tau {first['posthoc_tau']:g})"
     reporter.table(title, columns, [[Path(r["run"]).name, *(percent(r[k]) for k in keys)] for r in results])
     if len(results) == 1:
         rows = sorted(first["per_class"], key=lambda c: -c["train_count"])

@@ -12,8 +12,8 @@ from ..engine.header import sha256_of
 from ..engine.run_dir import RATES, REPORT, RunDir, clear_run
 from ..engine.runtime import setup, versions
 from ..reporter import Reporter
-from .common import RunResult, check_classes, data_summary, provenance
-from .decoupled import check_meta_set, fit_head
+from .common import RunResult, check_classes, check_meta_set, data_summary, provenance
+from .decoupled import fit_head
 from .rates import rates_document, show_rates
 
 
@@ -29,7 +29,7 @@ def run(resolved: Resolved[MetaSampleConfig], parent_file: Path, manifest: Manif
     runtime = setup(config.device, config.precision, deterministic=config.deterministic)
     model, parent = load_model(parent_file)
     check_classes(parent, manifest, parent_file)
-    check_meta_set(config, manifest)
+    check_meta_set(config.meta_set, manifest)
     if not resume:
         clear_run(folder)
         folder.create(resolved, provenance(manifest, runtime, parent=str(parent_file.resolve()),

@@ -18,14 +18,22 @@ def run_label(resolved: Resolved[TrainConfig], manifest: Manifest) -> str:
     """A readable name for a run's folder: data, loss, and what else sets it apart."""
     config = resolved.config
     sampler = "rates" if config.sampler.endswith(".json") else config.sampler
-    extra = [sampler] if sampler != "instance" else []
+    extra = [f"tau{config.loss_exponent:g}"] if config.loss_exponent != 1 else []
+    extra += ["drw"] if config.drw else []
+    extra += [sampler] if sampler != "instance" else []
+    loss = config.loss
+    if config.head not in ("linear", "cosine"):
+        loss = config.head if config.head in ("tau-norm", "ncm") else f"{config.head}-{loss}"
+    elif config.head == "cosine" and loss != "ldam":
+        extra += ["cosine"]
     if isinstance(config, PretrainConfig):
+        extra += [config.reweight] if config.reweight != "none" else []
         extra += [config.backbone] if config.backbone != "resnet32" else []
         extra += ["frozen"] if config.frozen else []
     else:
         extra += ["meta"] if config.meta_sampler else ["reweigher"] if config.meta_reweigher else []
     extra += [f"seed{config.seed}"] if config.seed else []
-    return re.sub(r"[^\w.-]+", "-", "-".join([manifest.name, config.loss, *extra]))
+    return re.sub(r"[^\w.-]+", "-", "-".join([manifest.name, loss, *extra]))
 
 
 def show_plan(

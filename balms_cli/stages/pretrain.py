@@ -14,14 +14,25 @@ from ..engine.loop import Job, train
 from ..engine.optim import Guard, learning_rate, make_sgd
 from ..engine.run_dir import RunDir, clear_run
 from ..engine.runtime import setup
-from ..losses import build_loss
 from ..models.backbones import build_backbone, load_weights
-from ..models.classifiers import Classifier, linear_head
+from ..models.classifiers import Classifier
 from ..reporter import Reporter
-from .common import RunResult, channel_statistics, data_summary, finish, load_images, provenance, total_steps
+from .common import (
+    Images,
+    RunResult,
+    channel_statistics,
+    check_meta_set,
+    data_summary,
+    finish,
+    load_images,
+    provenance,
+    total_steps,
+)
+from .end_to_end import Read, make_weigher, plain_step, reweighted_step
+from .heads import fresh_head, loss_name, training_loss, undecayed
 from .rates import read_rates
 
-_AUGMENT_STREAM = 0
+_AUGMENT_STREAM, _META_STREAM = 0, 13
 
 
 def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, reporter: Reporter | None = None, *,
@@ -36,16 +47,19 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
     rates_C = read_rates(config.sampler, manifest)
     backbone, mean, std = _backbone(config, offline)
     _warn_of_shrinking(config, manifest, reporter)
+    if config.reweight != "none":
+        check_meta_set(config.meta_set, manifest)
     images = load_images(manifest, "train", config.image_size, device, reporter)
+    meta_images = images if config.meta_set == "train" else load_images(manifest, "meta", config.image_size, device, reporter)
     if mean is None:
         mean, std = channel_statistics(images.pixels)
 
     counts_C = torch.tensor(manifest.class_counts)
-    head = linear_head(backbone.feature_dim, len(counts_C), torch.Generator().manual_seed(mix(config.seed, 5)))
+    loss = training_loss(config, counts_C).to(device)
+    head = fresh_head(config, backbone.feature_dim, loss, len(counts_C), mix(config.seed, 5))
     model = Classifier(backbone, head).to(device, memory_format=torch.channels_last)
     if config.compile:
         model.backbone.compile()
-    loss = build_loss(config.loss, counts_C, config.loss_exponent).to(device)
     if not resume:
         clear_run(folder)
         folder.create(resolved, provenance(manifest, runtime))
@@ -54,21 +68,25 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
     if config.frozen:
         reporter.note("frozen backbone: nothing is trained in stage 1; balms retrain gives it a classifier")
     else:
-        job = _job(config, model, loss, images, rates_C, mean, std, runtime)
+        job = _job(config, model, loss, images, meta_images, rates_C, mean, std, runtime)
         reporter.note(f"{config.backbone} at {config.image_size} px, {job.steps} steps of {config.batch_size} on "
                       f"{runtime.describe()}")  # fmt: skip
         seconds = train(job, folder, device, reporter, resume=resume,
                         checkpoint_seconds=config.checkpoint_seconds)  # fmt: skip
         report = {"steps": job.steps, "seconds": round(seconds, 1), "final_loss": folder.final_loss(),
                   "images_per_second": round(job.steps * config.batch_size / max(seconds, 1e-9), 1)}  # fmt: skip
+    if config.reweight != "none":
+        report |= {"reweight": config.reweight, "meta_set": config.meta_set}
 
     law_C = rates_law(rates_C, counts_C) if rates_C is not None else class_law(config.sampler, counts_C)
     prior = torch.zeros(len(counts_C)) if config.frozen else loss.cpu().implied_log_prior(law_C.log())
     header = Header(
         format=FORMAT, created=now(), stage="pretrain", backbone=config.backbone, feature_dim=backbone.feature_dim,
         image_size=config.image_size, classes=manifest.classes, class_counts=manifest.class_counts, mean=mean, std=std,
-        head="untrained" if config.frozen else "linear", loss=config.loss, sampler=config.sampler,
-        implied_log_prior=prior.tolist(), recipe=config.model_dump(mode="json"), data=data_summary(manifest),
+        head="untrained" if config.frozen else config.head, classifier=config.head, loss=loss_name(config),
+        sampler=config.sampler + ("" if config.reweight == "none" else f" + {config.reweight}"),
+        implied_log_prior=prior.tolist(), prior_exact=loss.prior_is_exact and config.reweight == "none",
+        recipe=config.model_dump(mode="json"), data=data_summary(manifest),
         manifest=str(manifest.path.resolve()), manifest_sha256=manifest.sha256,
     )  # fmt: skip
     return finish(folder, model, header, report, runtime)
@@ -83,34 +101,46 @@ def _backbone(config: PretrainConfig, offline: bool):
     return backbone, *load_weights(backbone, config.backbone, config.weights, offline=offline)
 
 
-def _job(config, model, loss, images, rates_C, mean, std, runtime) -> Job:
-    """The step of stage 1: draw, augment, forward, loss, backward, SGD."""
+def _job(config, model, loss, images, meta_images, rates_C, mean, std, runtime) -> Job:
+    """What stage 1 trains, and the step: draw, augment, forward, loss, backward, SGD."""
     device = runtime.device
     steps = total_steps(config, len(images.labels))
-    index = ClassIndex(images.labels, len(model.head.bias))
+    index = ClassIndex(images.labels, len(model.head.weight))
     draw = batches(config.sampler, index, config.batch_size, steps, config.seed, rates_C)
-    optimizer = make_sgd(model, config)
+    optimizer = make_sgd(model, config, undecayed(model.head, loss))
+    parts = {"model": model, "optimizer": optimizer}
     mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    place_B = torch.arange(config.batch_size, device=device)
     model.train()
+    read = _reader(config, images, mean, std, config.batch_size, _AUGMENT_STREAM)
+    if config.reweight == "none":
+        step = plain_step(model, optimizer, loss, read, draw, runtime)
+    else:
+        weigher = make_weigher(config, device)
+        parts |= weigher.parts
+        meta_read = _reader(config, meta_images, mean, std, config.meta_batch_size, _META_STREAM)
+        meta_index = ClassIndex(meta_images.labels, len(model.head.weight))
+        step = reweighted_step(config, model, optimizer, loss, weigher, read, draw, meta_read, meta_index, runtime)
 
-    def step(i: int, guard: Guard) -> Tensor:
-        images_B = draw(i)
-        pixels = images.pixels[images_B.to(images.pixels.device)].to(device, non_blocking=True)
-        inputs = augment(pixels, place_B + i * config.batch_size, mean, std, seed=config.seed, stream=_AUGMENT_STREAM,
-                         ops=config.augment).contiguous(memory_format=torch.channels_last)  # fmt: skip
-        with runtime.autocast():
-            logits_BC = model(inputs)
-        value = loss(logits_BC, images.labels[images_B])
-        optimizer.zero_grad()
-        value.backward()
-        guard.step(value, optimizer)
-        return value.detach()
+    def told_step(i: int, guard: Guard) -> Tensor:
+        loss.at_step(i, steps, config.seed)
+        return step(i, guard)
 
     def schedule(i: int) -> float:
         return learning_rate(i, steps, peak=config.lr, warmup_steps=config.warmup_steps, warmup_lr=config.warmup_lr)
 
-    return Job("pretrain", steps, {"model": model, "optimizer": optimizer}, optimizer, schedule, step, config.batch_size)
+    return Job("pretrain", steps, parts, optimizer, schedule, told_step, config.batch_size)
+
+
+def _reader(config: PretrainConfig, images: Images, mean: Tensor, std: Tensor, batch_size: int, stream: int) -> Read:
+    """Images by index as augmented, normalised network inputs; the view is keyed by (seed, stream, step, place)."""
+    place_B = torch.arange(batch_size, device=mean.device)
+
+    def read(images_B: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        pixels = images.pixels[images_B.to(images.pixels.device)].to(mean.device, non_blocking=True)
+        inputs = augment(pixels, place_B + i * batch_size, mean, std, seed=config.seed, stream=stream, ops=config.augment)
+        return inputs.contiguous(memory_format=torch.channels_last), images.labels[images_B]
+
+    return read
 
 
 def _warn_of_shrinking(config: PretrainConfig, manifest: Manifest, reporter: Reporter) -> None:

@@ -8,11 +8,13 @@ from ..engine.checkpoint import load_model
 from ..engine.header import FORMAT, Header, sha256_of
 from ..engine.run_dir import RATES, RunDir, clear_run
 from ..engine.runtime import setup
-from ..models.classifiers import Classifier
+from ..models.classifiers import Classifier, CosineHead, stage1_linear
 from ..reporter import Reporter
-from .common import RunResult, check_classes, data_summary, finish, provenance
-from .decoupled import check_meta_set, fit_head
+from .common import RunResult, check_classes, check_meta_set, data_summary, finish, provenance
+from .decoupled import fit_head
+from .heads import loss_name
 from .rates import rates_document, read_rates, show_rates
+from .training_free import check_tau
 
 
 def run(resolved: Resolved[RetrainConfig], parent_file: Path, manifest: Manifest, folder: RunDir,
@@ -25,7 +27,10 @@ def run(resolved: Resolved[RetrainConfig], parent_file: Path, manifest: Manifest
     runtime = setup(config.device, config.precision, deterministic=config.deterministic)
     model, parent = load_model(parent_file)
     check_classes(parent, manifest, parent_file)
-    check_meta_set(config, manifest)
+    check_meta_set(config.meta_set, manifest)
+    check_tau(config, manifest)
+    if config.classifier in ("lws", "tau-norm"):
+        stage1_linear(model.head, parent.head, config.classifier)
     rates_C = read_rates(config.sampler, manifest)
     parent_sha256 = sha256_of(parent_file)
     if not resume:
@@ -39,12 +44,15 @@ def run(resolved: Resolved[RetrainConfig], parent_file: Path, manifest: Manifest
         fit.report["rates_variance"] = document["variance"]
         show_rates(fit.rates, manifest, "sample rates" if config.meta_sampler else "class weights", reporter)
 
+    trained = config.head not in ("tau-norm", "ncm")
     sampler = f"meta ({config.meta_estimator})" if config.meta_sampler else config.sampler
     header = Header(
         format=FORMAT, created=now(), stage="retrain", backbone=parent.backbone, feature_dim=parent.feature_dim,
         image_size=parent.image_size, classes=manifest.classes, class_counts=manifest.class_counts, mean=parent.mean,
-        std=parent.std, head="linear", loss=config.loss, sampler=sampler + (" + reweigher" if config.meta_reweigher else ""),
-        implied_log_prior=fit.loss.implied_log_prior(fit.law.log()).tolist(), recipe=config.model_dump(mode="json")
+        std=parent.std, head="cosine" if isinstance(fit.head, CosineHead) else "linear",
+        classifier=config.head, loss=loss_name(config) if trained else config.head,
+        sampler=(sampler if trained else "none") + (" + reweigher" if config.meta_reweigher else ""),
+        implied_log_prior=fit.log_prior.tolist(), prior_exact=fit.prior_exact, recipe=config.model_dump(mode="json")
         | {"augment": parent.recipe.get("augment", [])}, data=data_summary(manifest), manifest=str(manifest.path.resolve()),
         manifest_sha256=manifest.sha256, parent_sha256=parent_sha256,
     )  # fmt: skip

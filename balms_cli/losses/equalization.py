@@ -1,0 +1,40 @@
+"""Equalization Loss. Shapes: B batch, C classes."""
+
+import torch
+from torch import Tensor
+
+from .base import SoftmaxLoss, at_least_float32, checked_counts
+
+
+class EqualizationLoss(SoftmaxLoss):
+    """Softmax Equalization Loss (Tan et al., CVPR 2020, eqs 9-11): a rare class is spared, at random, the push that examples
+    of other classes give it.
+
+    -log(e^{z_y} / sum_j w_j e^{z_j}),  w_j = 1 - beta [n_j/N < threshold] [j != y],  beta ~ Bernoulli(gamma) for every
+    example and class. As log w_j is 0 or minus infinity, it is added to the logits: no exponential can overflow.
+    ``gamma`` 0.9 and ``threshold`` 0.005 are those of the Bag of Tricks repository for CIFAR-100-LT; the authors'
+    own values for CIFAR are not known to us.
+    """
+
+    prior_is_exact = False  # what is spared depends on the example's class, not on the class alone
+
+    def __init__(self, class_counts, gamma: float = 0.9, threshold: float = 0.005):
+        super().__init__()
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma is a probability, got {gamma}")
+        counts_C = checked_counts(class_counts)
+        self.register_buffer("tail_C", counts_C / counts_C.sum() < threshold, persistent=False)
+        self.gamma = gamma
+        self._draw: int | None = None
+
+    def at_step(self, step: int, steps: int, seed: int = 0) -> None:
+        """In a run the draws are a function of (seed, step): the same again after a resume, and in every pass of a step."""
+        self._draw = seed * 1_000_003 + step
+
+    def adjusted(self, logits_BC: Tensor, targets_B: Tensor) -> Tensor:
+        logits_BC = at_least_float32(logits_BC)
+        generator = None if self._draw is None else torch.Generator(logits_BC.device).manual_seed(self._draw)
+        spared_BC = torch.rand(logits_BC.shape, device=logits_BC.device, generator=generator) < self.gamma
+        spared_BC &= self.tail_C
+        spared_BC = spared_BC.scatter(1, targets_B[:, None], False)
+        return logits_BC.masked_fill(spared_BC, -torch.inf)

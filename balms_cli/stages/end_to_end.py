@@ -1,0 +1,105 @@
+"""Steps of stage 1: the whole network from images, plain or with a weight for each example learned on the way.
+
+One re-weighted iteration (L2RW, Meta-Weight-Net): look one SGD step ahead, through the whole network, and read a
+class-balanced meta batch there; the influence of each example on the meta loss becomes its weight, or trains the network
+that makes the weights; then the real step on the same batch. Shapes: B batch, M meta batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import PretrainConfig
+from ..data.samplers import ClassIndex, mix
+from ..engine.optim import Guard
+from ..engine.runtime import Runtime
+from ..losses import SoftmaxLoss
+from ..meta.influence import Influence, influence
+from ..meta.l2rw import l2rw_weights
+from ..meta.weight_net import MetaWeightNet
+from ..models.classifiers import Classifier
+
+_META_DRAW, _WEIGHT_NET = 11, 12
+Read = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (image indices [B], step) -> inputs [B, 3, S, S], targets [B]
+
+
+def plain_step(model: Classifier, optimizer, loss: SoftmaxLoss, read: Read, draw: Callable[[int], Tensor], runtime: Runtime
+               ) -> Callable[[int, Guard], Tensor]:  # fmt: skip
+    """Forward, loss, backward, SGD."""
+
+    def step(i: int, guard: Guard) -> Tensor:
+        inputs, targets_B = read(draw(i), i)
+        with runtime.autocast():
+            logits_BC = model(inputs)
+        value = loss(logits_BC, targets_B)
+        optimizer.zero_grad()
+        value.backward()
+        guard.step(value, optimizer)
+        return value.detach()
+
+    return step
+
+
+def reweighted_step(config: PretrainConfig, model: Classifier, optimizer, loss: SoftmaxLoss, weigher: "Weigher", read: Read,
+                    draw: Callable[[int], Tensor], meta_read: Read, meta_index: ClassIndex, runtime: Runtime
+                    ) -> Callable[[int, Guard], Tensor]:  # fmt: skip
+    """The same step on weighted examples, their weights by one look ahead."""
+    edges_C = torch.ones(len(meta_index.counts), dtype=torch.float64, device=meta_index.counts.device).cumsum(0)
+    generator, plain = torch.Generator(edges_C.device), loss.plain()
+
+    def step(i: int, guard: Guard) -> Tensor:
+        inputs, targets_B = read(draw(i), i)
+        images_M = meta_index.draw(edges_C, config.meta_batch_size, generator.manual_seed(mix(config.seed, _META_DRAW, i)))
+        with runtime.autocast():
+            seen = influence(model, optimizer, loss, (inputs, targets_B), meta_read(images_M, i),
+                             weights_B=weigher.at_first, meta_loss=plain, method=config.hypergradient)  # fmt: skip
+        weights_B = weigher.learn(seen, guard)
+        with runtime.autocast():
+            logits_BC = model(inputs)
+        value = loss.reduce(loss.per_example(logits_BC, targets_B) * weights_B, targets_B)
+        optimizer.zero_grad()
+        value.backward()
+        guard.step(value + seen.meta_loss, optimizer)
+        return value.detach()
+
+    return step
+
+
+class L2RW:
+    """Weights made anew for every batch: nothing is kept from step to step."""
+
+    at_first = 0.0
+
+    def __init__(self):
+        self.parts: dict[str, Any] = {}
+
+    def learn(self, seen: Influence, guard: Guard) -> Tensor:
+        return l2rw_weights(seen.influence_B)
+
+
+class WeightNet:
+    """Meta-Weight-Net: weights by a small network of the loss, which itself takes a step of SGD first."""
+
+    def __init__(self, config: PretrainConfig, device: torch.device):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix(config.seed, _WEIGHT_NET))
+            self.net = MetaWeightNet(config.weight_net_hidden)
+        self.net.to(device)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=config.weight_net_lr, momentum=0.9, nesterov=True,
+                                         weight_decay=config.weight_net_decay, fused=True)  # fmt: skip
+        self.at_first = self.net.weights
+        self.parts = {"weight_net": self.net, "weight_net_optimizer": self.optimizer}
+
+    def learn(self, seen: Influence, guard: Guard) -> Tensor:
+        self.net.gradient(seen.losses_B, seen.influence_B)
+        guard.step(seen.meta_loss, self.optimizer)
+        return self.net.weights(seen.losses_B)
+
+
+Weigher = L2RW | WeightNet
+
+
+def make_weigher(config: PretrainConfig, device: torch.device) -> Weigher:
+    return L2RW() if config.reweight == "l2rw" else WeightNet(config, device)
