@@ -7,9 +7,15 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "SoftmaxLoss": "losses", "BalancedSoftmaxLoss": "losses", "BalancedSigmoidLoss": "losses", "class_counts": "losses",
+_LOSSES = (
+    "SoftmaxLoss", "BalancedSoftmaxLoss", "BalancedSigmoidLoss", "LogitAdjustedLoss", "SigmoidLoss", "FocalLoss",
+    "CostSensitiveLoss", "ClassBalancedLoss", "LDAMLoss", "DeferredReweighting", "EqualizationLoss", "ReweightedLoss",
+    "class_counts",
+)  # fmt: skip
+_PUBLIC = dict.fromkeys(_LOSSES, "losses") | {
     "MetaSampler": "meta.sampler", "MetaReweigher": "meta.reweigher", "influence": "meta.influence",
+    "MetaWeightNet": "meta.weight_net", "l2rw_weights": "meta.l2rw", "optimal_margins": "bound",
+    "CosineHead": "models.classifiers",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 

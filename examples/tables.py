@@ -15,11 +15,13 @@ import json as json_module
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from table_report import METRICS, markdown, percent, readme_table, summary, write_result
+from table_rows import BACKBONES, BY_NAME, ROWS, VAL_PER_CLASS, WITH_META_SET, Row
 
 from balms_cli.cli.console import make_reporter, stderr
 from balms_cli.config import EvaluateConfig, MakeLTConfig, Resolved, resolve
@@ -31,95 +33,6 @@ from balms_cli.presets import choose, kind_of_data, methods
 from balms_cli.reporter import Reporter
 from balms_cli.stages import evaluate, make_lt, pretrain, retrain
 
-PAPER = Path(__file__).with_name("paper_figures.json")
-METRICS = ("top1", "balanced_accuracy", "many", "medium", "few", "rarest3")
-
-# Stage 1: what differs from the preset. A logit-adjusted network is a Balanced Softmax one, so they share it.
-BACKBONES: dict[str, dict[str, Any]] = {
-    "softmax": {},
-    "cbs": {"sampler": "class"},
-    "balanced": {"loss": "balanced"},
-    "balanced-quarter": {"loss": "balanced", "loss_exponent": 0.25},
-    "cost-sensitive": {"loss": "cost-sensitive"},
-    "focal": {"loss": "focal"},
-    "class-balanced": {"loss": "class-balanced"},
-    "class-balanced-sigmoid": {"loss": "class-balanced-sigmoid"},
-    "class-balanced-focal": {"loss": "class-balanced-focal"},
-    "ldam": {"loss": "ldam"},
-    "ldam-drw": {"loss": "ldam", "drw": True},
-    "equalization": {"loss": "equalization"},
-    "l2rw": {"reweight": "l2rw"},
-    "meta-weight-net": {"reweight": "meta-weight-net"},
-    # The same recipe on a draw that leaves validation images out: where tau-norm's tau is chosen.
-    "softmax-val": {},
-}
-VAL_PER_CLASS = {"cifar10": 100, "cifar100": 20}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a table: its stage 1, what stage 2 adds (None: the stage-1 network itself), how it is scored."""
-
-    name: str
-    label: str
-    tables: tuple[str, ...]
-    backbone: str
-    head: dict[str, Any] | None = None
-    score: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
-
-    @property
-    def random_head(self) -> bool:
-        """Does a classifier seed make a difference?"""
-        return self.head is not None and self.head.get("classifier") not in ("ncm", "tau-norm")
-
-
-T2, ABLATION, T3 = ("table2",), ("ablation",), ("table3",)
-ROWS = (
-    Row("softmax", "Softmax", T2, "softmax"),
-    Row("cost-sensitive", "Cost-sensitive (CBW)", T2, "cost-sensitive"),
-    Row("cbs", "Class-balanced sampling (CBS)", T2, "cbs"),
-    Row("focal", "Focal", T2, "focal"),
-    Row("class-balanced", "Class-balanced loss", T2, "class-balanced"),
-    Row("class-balanced-sigmoid", "Class-balanced, sigmoid form", T2, "class-balanced-sigmoid"),
-    Row("class-balanced-focal", "Class-balanced, focal form", T2, "class-balanced-focal"),
-    Row("ldam", "LDAM", T2, "ldam"),
-    Row("ldam-drw", "LDAM-DRW", T2, "ldam-drw"),
-    Row("equalization", "Equalization (softmax form)", T2, "equalization", note="CIFAR values of another repository"),
-    Row("l2rw", "L2RW", T2, "l2rw", note="meta set: training images"),
-    Row("meta-weight-net", "Meta-Weight-Net", T2, "meta-weight-net", note="meta set: training images"),
-    Row("posthoc", "Softmax, post-hoc logit adjustment", T2, "softmax", score={"posthoc_tau": 1.0}),
-    Row("logit-adjusted", "Logit-adjusted loss", T2, "balanced", note="the same function as Balanced Softmax"),
-    Row("ncm", "NCM", T2, "softmax", {"classifier": "ncm"}),
-    Row("tau-norm", "tau-norm", T2, "softmax", {"classifier": "tau-norm"}, note="tau from a validation draw"),
-    Row("cosine", "Cosine classifier, CBS", T2, "softmax", {"classifier": "cosine", "loss": "softmax", "sampler": "class"}),
-    Row("crt", "cRT (linear, CBS)", T2 + T3, "softmax", {"loss": "softmax", "sampler": "class"}),
-    Row("lws", "LWS", T2, "softmax", {"classifier": "lws"}),
-    Row("balms", "BALMS (Balanced Softmax, DT, MS)", T2 + ABLATION, "softmax", {"loss": "balanced", "meta_sampler": True}),
-    Row("balanced-quarter", "Balanced Softmax 1/4, end to end", ABLATION, "balanced-quarter"),
-    Row("balanced", "Balanced Softmax, end to end", ABLATION, "balanced"),
-    Row("balanced-quarter-dt", "Balanced Softmax 1/4, DT", ABLATION, "softmax", {"loss": "balanced", "loss_exponent": 0.25}),
-    Row("balanced-quarter-dt-ms", "Balanced Softmax 1/4, DT, MS", ABLATION, "softmax",
-        {"loss": "balanced", "loss_exponent": 0.25, "meta_sampler": True}),
-    Row("balanced-dt", "Balanced Softmax, DT", ABLATION + T3, "softmax", {"loss": "balanced"}),
-    Row("balanced-cbs-dt", "Balanced Softmax, CBS, DT", ABLATION, "softmax", {"loss": "balanced", "sampler": "class"}),
-    Row("softmax-dt-ms", "Softmax, DT, MS", ABLATION, "softmax", {"loss": "softmax", "meta_sampler": True}),
-    Row("balanced-dt-mr", "Balanced Softmax, DT, MR", ABLATION, "softmax", {"loss": "balanced", "meta_reweigher": True}),
-    Row("softmax-dt", "features softmax, classifier softmax", T3, "softmax", {"loss": "softmax"}),
-    Row("cbs-softmax", "features CBS, classifier softmax", T3, "cbs", {"loss": "softmax"}),
-    Row("bs-softmax", "features Balanced Softmax, classifier softmax", T3, "balanced", {"loss": "softmax"}),
-    Row("cbs-crt", "features CBS, classifier CBS", T3, "cbs", {"loss": "softmax", "sampler": "class"}),
-    Row("bs-crt", "features Balanced Softmax, classifier CBS", T3, "balanced", {"loss": "softmax", "sampler": "class"}),
-    Row("cbs-balanced", "features CBS, classifier Balanced Softmax", T3, "cbs", {"loss": "balanced"}),
-    Row("bs-balanced", "features Balanced Softmax, classifier Balanced Softmax", T3, "balanced", {"loss": "balanced"}),
-)  # fmt: skip
-BY_NAME = {row.name: row for row in ROWS}
-TITLES = {
-    "table2": "Comparison (main text, Table 2; supplement, Table 2)",
-    "ablation": "Ablation (main text, Table 5): DT decoupled training, MS meta sampler, MR meta reweigher",
-    "table3": "Features against classifiers (supplement, Table 3)",
-}
-
 
 @dataclass(frozen=True)
 class Study:
@@ -130,15 +43,18 @@ class Study:
     preset: str
     workspace: Path
     options: dict[str, Any]  # device, precision and the like, for every stage
+    meta_per_class: int = 0  # L2RW and Meta-Weight-Net: images held out for their meta set (0: the training images)
 
     @property
     def name(self) -> str:
         return f"{self.data}-if{self.imbalance:g}-{self.preset}"
 
-    def manifest(self, reporter: Reporter, *, val: bool = False) -> Manifest:
-        per_class = VAL_PER_CLASS.get(self.data, 20) if val else 0
-        config = MakeLTConfig(source=self.data, imbalance=self.imbalance, val_per_class=per_class)
-        return make_lt.run(config, self.workspace, reporter).manifest
+    def manifest(self, backbone: str = "softmax") -> Manifest:
+        """The draw that a backbone is trained on: one for all of them, but where images must be held out."""
+        val = VAL_PER_CLASS.get(self.data, 20) if backbone.endswith("-val") else 0
+        meta = self.meta_per_class if backbone in WITH_META_SET else 0
+        config = MakeLTConfig(source=self.data, imbalance=self.imbalance, val_per_class=val, meta_per_class=meta)
+        return make_lt.run(config, self.workspace).manifest
 
     def recipe(self, stage: str, manifest: Manifest, flags: dict[str, Any]) -> Resolved:
         kind = kind_of_data(manifest.source["name"], tuple(manifest.image_size))
@@ -146,10 +62,14 @@ class Study:
         return resolve(stage, methods=methods({**preset[1], **flags}), preset=preset, flags=flags)
 
     def backbone_dir(self, key: str, seed: int) -> RunDir:
-        return RunDir(self.workspace / "backbones" / f"{self.name}-{key}-seed{seed}")
+        return RunDir(self.workspace / "backbones" / f"{self.name}-{key}{self.meta_mark(key)}-seed{seed}")
 
     def row_file(self, row: Row, backbone_seed: int, seed: int) -> Path:
-        return self.workspace / "rows" / self.name / f"{row.name}-b{backbone_seed}-c{seed}.json"
+        name = f"{row.name}{self.meta_mark(row.backbone)}-b{backbone_seed}-c{seed}.json"
+        return self.workspace / "rows" / self.name / name
+
+    def meta_mark(self, key: str) -> str:
+        return f"-meta{self.meta_per_class}" if self.meta_per_class and key in WITH_META_SET else ""
 
     def cells(self, row: Row, backbone_seeds: list[int], seeds: list[int]) -> list[tuple[int, int]]:
         """The runs behind a row: classifier seeds only where a classifier is drawn at random."""
@@ -159,8 +79,10 @@ class Study:
 def train_backbone(study: Study, key: str, seed: int, reporter: Reporter) -> RunDir:
     """The stage-1 run of ``key``, from an earlier sitting where it is complete and of this very recipe."""
     folder = study.backbone_dir(key, seed)
-    manifest = study.manifest(Reporter(), val=key.endswith("-val"))
-    resolved = study.recipe("pretrain", manifest, {**BACKBONES[key], "seed": seed})
+    manifest, flags = study.manifest(key), {**BACKBONES[key], "seed": seed}
+    if study.meta_mark(key):
+        flags["meta_set"] = "meta"
+    resolved = study.recipe("pretrain", manifest, flags)
     if folder.complete("pretrain"):
         known = type(resolved.config)(**read_header(folder / MODEL).recipe)
         ignored = {"device", "precision", "checkpoint_seconds"}
@@ -178,14 +100,14 @@ def run_row(study: Study, row: Row, backbone_seed: int, seed: int, reporter: Rep
     extra: dict[str, Any] = {}
     if row.head is not None:
         head = dict(row.head)
-        manifest = study.manifest(Reporter())
+        manifest = study.manifest()
         if head.get("classifier") == "tau-norm":
             head["tau_norm"] = extra["tau_norm"] = choose_tau(study, backbone_seed, reporter)
         resolved = study.recipe("retrain", manifest, {**head, "seed": seed})
         parent, run_dir = run_dir, RunDir(study.workspace / "heads" / f"{study.name}-{row.name}-b{backbone_seed}-c{seed}")
         report = retrain.run(resolved, parent / MODEL, manifest, run_dir, Reporter()).report
         extra |= {k: report[k] for k in ("rates_variance",) if k in report}
-    if row.backbone in ("l2rw", "meta-weight-net"):
+    if row.backbone in WITH_META_SET:
         extra["meta_set"] = read_header(run_dir / MODEL).recipe["meta_set"]
     config = EvaluateConfig(**{k: v for k, v in study.options.items() if k in ("device", "precision")}, **row.score)
     found = evaluate.run(config, [run_dir / MODEL], reporter=Reporter()).runs[0]
@@ -201,97 +123,10 @@ def run_row(study: Study, row: Row, backbone_seed: int, seed: int, reporter: Rep
 def choose_tau(study: Study, seed: int, reporter: Reporter) -> float:
     """tau-norm's exponent by the validation images of another draw of the tail; a number then, whatever the test says."""
     parent = train_backbone(study, "softmax-val", seed, reporter)
-    manifest = study.manifest(Reporter(), val=True)
+    manifest = study.manifest("softmax-val")
     folder = RunDir(study.workspace / "heads" / f"{study.name}-choose-tau-b{seed}")
     resolved = study.recipe("retrain", manifest, {"classifier": "tau-norm"})
     return retrain.run(resolved, parent / MODEL, manifest, folder, Reporter()).report["tau_norm"]
-
-
-def summary(study: Study, backbone_seeds: list[int], seeds: list[int]) -> dict[str, Any]:
-    """Every row that is done: mean and standard error over its runs, and the published figures."""
-    paper = json_module.loads(PAPER.read_text(encoding="utf-8"))
-    cell, rows, meta = f"{study.data}/{study.imbalance:g}", {}, {}
-    for row in ROWS:
-        files = [study.row_file(row, *which) for which in study.cells(row, backbone_seeds, seeds)]
-        runs = [json_module.loads(f.read_text(encoding="utf-8")) for f in files if f.is_file()]
-        if not runs:
-            continue
-        meta = {k: runs[0][k] for k in ("manifest_sha256", "class_counts", "device", "versions", "date")}
-        entry: dict[str, Any] = {"label": row.label, "tables": list(row.tables), "runs": len(runs), "varied": varied(row, runs)}
-        if row.note:
-            entry["note"] = row.note
-        for metric in METRICS:
-            values = [run[metric] for run in runs]
-            entry[metric] = None if None in values else mean_and_error(values)
-        entry["class_accuracy"] = [
-            round(statistics.fmean(a), 4) for a in zip(*(r["class_accuracy"] for r in runs), strict=True)
-        ]
-        entry |= {k: runs[0][k] for k in ("tau_norm", "meta_set", "rates_variance") if k in runs[0]}
-        published = {t: paper["tables"][t][row.name][cell] for t in (*row.tables, "reported")
-                     if cell in paper["tables"][t].get(row.name, {})}  # fmt: skip
-        rows[row.name] = entry | {"published": published}
-    return {"data": study.data, "imbalance": study.imbalance, "preset": study.preset, "backbone_seeds": backbone_seeds,
-            "classifier_seeds": seeds, **meta, "sources": paper["sources"], "rows": rows}  # fmt: skip
-
-
-def varied(row: Row, runs: list[dict[str, Any]]) -> str:
-    """Which randomness the mean is over. Subset: one, of seed 0, always."""
-    backbones = len({run["backbone_seed"] for run in runs})
-    if row.random_head:
-        return f"{len(runs) // backbones} classifier seeds on {backbones} backbone{'s' if backbones > 1 else ''}"
-    return f"{backbones} backbone seed{'s' if backbones > 1 else ''}"
-
-
-def mean_and_error(values: list[float]) -> list[float]:
-    """[mean, standard error]; [mean] of a single run, which has no error to show."""
-    mean = round(statistics.fmean(values), 4)
-    return [mean] if len(values) == 1 else [mean, round(statistics.stdev(values) / len(values) ** 0.5, 4)]
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The tables as text: published, here, and the difference, in percent and points."""
-    cifar10 = result["data"] == "cifar10"
-    rare = ("rarest3", "rarest 3") if cifar10 else ("few", "few-shot")
-    lines = [f"# {result['data'].upper()}-LT, imbalance factor {result['imbalance']:g}, preset `{result['preset']}`", "",
-             f"Top-1 accuracy in percent on the test split, last iterate, one draw of the data (index sha256 "
-             f"`{result['manifest_sha256'][:12]}`), {result['device']}, torch {result['versions']['torch']}, {result['date']}. "
-             "± is the standard error over the runs named in the last column.",
-             "Paper: the figures of the authors' own runs; reported: those that the supplement quotes from others. "
-             "Both follow longer recipes than this preset."]  # fmt: skip
-    for table, title in TITLES.items():
-        rows = {n: r for n, r in result["rows"].items() if table in r["tables"]}
-        if not rows:
-            continue
-        lines += ["", f"## {title}", "",
-                  f"| method | paper | reported | here | difference | {rare[1]} | runs |", "|---|---|---|---|---|---|---|"]  # fmt: skip
-        for row in rows.values():
-            paper, reported = row["published"].get(table), row["published"].get("reported") if table == "table2" else None
-            against = paper or reported
-            gap = f"{100 * row['top1'][0] - against[0]:+.1f}" if against else ""
-            label = row["label"] + (f" ({row['note']})" if "note" in row else "")
-            label += f", tau {row['tau_norm']:g}" if "tau_norm" in row else ""
-            lines.append(f"| {label} | {plain(paper)} | {plain(reported)} | {percent(row['top1'])} | {gap} | "
-                         f"{percent(row[rare[0]])} | {row['varied']} |")  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def percent(value: list[float] | None) -> str:
-    return "–" if value is None else " ± ".join(f"{100 * v:.1f}" for v in value)
-
-
-def plain(value: list[float] | None) -> str:
-    return " ± ".join(f"{v:.1f}" for v in value) if value else ""
-
-
-def write_result(result: dict[str, Any], out: Path) -> Path:
-    """One JSON (a line a row, so that a change reads well) and one Markdown file."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"tables_{result['data']}_if{result['imbalance']:g}_{result['preset']}.json"
-    head = {k: v for k, v in result.items() if k != "rows"}
-    rows = ",\n".join(f"  {json_module.dumps(n)}: {json_module.dumps(r)}" for n, r in result["rows"].items())
-    replace_file(path, json_module.dumps(head, indent=1)[:-2] + ',\n "rows": {\n' + rows + "\n }\n}\n")
-    replace_file(path.with_suffix(".md"), markdown(result))
-    return path
 
 
 def integers(text: str) -> list[int]:
@@ -320,58 +155,76 @@ Workspace = Annotated[Path, typer.Option(help="Where backbones, heads and rows a
 Out = Annotated[Path, typer.Option(help="Where the tables are written.")]
 
 
+Held = Annotated[int, typer.Option(help="L2RW and Meta-Weight-Net by their original protocol: so many images a class held "
+                                   "out for the meta set (10 there; 0: the training images).")]  # fmt: skip
+
+
 @app.command()
 def run(data: Data = "cifar10", imbalance: Imbalance = 200, preset: Preset = "quick", seeds: Seeds = "0,1,2",
         backbone_seeds: BackboneSeeds = "0", rows: Annotated[str | None, typer.Option(help="Only these, by name.")] = None,
         table: Annotated[str, typer.Option(help="table2, ablation, table3 or all.")] = "all",
         decoupled_only: Annotated[bool, typer.Option("--decoupled-only", help="Only rows on softmax features.")] = False,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
-        sets: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for stage 1 and 2 alike (steps=20 ...).")] = None,
-        workspace: Workspace = Path("balms-runs/tables"), out: Out = Path("examples/results"),
+        sets: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of stages 1 and 2 (steps=20 ...).")] = None,
+        meta_per_class: Held = 0, workspace: Workspace = Path("balms-runs/tables"), out: Out = Path("examples/results"),
         quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False) -> None:  # fmt: skip
     """Train and score the rows that are missing; print the path of the result."""
     from balms_cli.config import parse_set
 
-    study = Study(data, imbalance, preset, workspace, {"device": device, **parse_set(sets or [])})
+    study = Study(data, imbalance, preset, workspace, {"device": device, **parse_set(sets or [])}, meta_per_class)
     b_seeds, c_seeds, console = integers(backbone_seeds), integers(seeds), stderr()
     wanted = [r for r in chosen_rows(rows, table) if not decoupled_only or r.backbone == "softmax"]
     todo = [(r, b, c) for r in wanted for b, c in study.cells(r, b_seeds, c_seeds) if not study.row_file(r, b, c).is_file()]
-    began = time.monotonic()
+    costs: list[tuple[bool, float]] = []
     for i, (row, b, c) in enumerate(todo):
+        trains = not study.backbone_dir(row.backbone, b).complete("pretrain")
         result = run_row(study, row, b, c, make_reporter(quiet))
         file = study.row_file(row, b, c)
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, json_module.dumps(result, indent=1) + "\n")
+        costs.append((trains, result["seconds"]))
         if not quiet:
-            left = time_left(study, todo[: i + 1], todo[i + 1 :], time.monotonic() - began)
+            left = time_left(study, costs, todo[i + 1 :])
             console.print(f"{i + 1}/{len(todo)}  {row.label}: top-1 {percent([result['top1']])} %, {result['seconds']:.0f} s; "
                           f"about {left / 60:.0f} min left", soft_wrap=True)  # fmt: skip
     finish(study, b_seeds, c_seeds, out, quiet)
 
 
-def time_left(study: Study, done: list, todo: list, spent: float) -> float:
-    """Seconds to go: stage-1 runs still to train cost what those here cost, the other rows what those cost."""
-
-    def new(cells: list) -> set:
-        return {(r.backbone, b) for r, b, _ in cells}
-
-    reports = [study.backbone_dir(k, b) / "report.json" for k, b in new(done)]
-    trained = [json_module.loads(f.read_text(encoding="utf-8"))["seconds"] for f in reports if f.is_file()]
-    missing = [k for k in new(todo) if not study.backbone_dir(*k).complete("pretrain")]
-    rest = max(spent - sum(trained), 0.0) / max(len(done), 1)
-    return len(missing) * statistics.fmean(trained or [0.0]) + rest * len(todo)
+def time_left(study: Study, costs: list[tuple[bool, float]], todo: list[tuple[Row, int, int]]) -> float:
+    """Seconds to go: a row that trains a backbone costs what such rows cost so far, any other what those cost."""
+    with_backbone, without = ([seconds for t, seconds in costs if t is kind] for kind in (True, False))
+    if not with_backbone:  # none here yet: those of an earlier sitting say it too
+        reports = (study.workspace / "backbones").glob(f"{study.name}-*/report.json")
+        with_backbone = [json_module.loads(f.read_text(encoding="utf-8"))["seconds"] for f in reports]
+    missing = {(r.backbone, b) for r, b, _ in todo if not study.backbone_dir(r.backbone, b).complete("pretrain")}
+    each, other = (statistics.fmean(seconds or [0.0]) for seconds in (with_backbone, without))
+    return len(missing) * each + (len(todo) - len(missing)) * other
 
 
 @app.command()
 def show(data: Data = "cifar10", imbalance: Imbalance = 200, preset: Preset = "quick", seeds: Seeds = "0,1,2",
-         backbone_seeds: BackboneSeeds = "0", workspace: Workspace = Path("balms-runs/tables"),
-         out: Out = Path("examples/results")) -> None:  # fmt: skip
+         backbone_seeds: BackboneSeeds = "0", meta_per_class: Held = 0,
+         workspace: Workspace = Path("balms-runs/tables"), out: Out = Path("examples/results")) -> None:  # fmt: skip
     """Write and show the tables of the rows that are done."""
-    finish(Study(data, imbalance, preset, workspace, {}), integers(backbone_seeds), integers(seeds), out, quiet=False)
+    finish(
+        Study(data, imbalance, preset, workspace, {}, meta_per_class),
+        integers(backbone_seeds),
+        integers(seeds),
+        out,
+        quiet=False,
+    )
+
+
+def finished(study: Study, row: Row, backbone_seeds: list[int], seeds: list[int]) -> list[dict[str, Any]]:
+    """The runs of a row that are done."""
+    files = [study.row_file(row, *which) for which in study.cells(row, backbone_seeds, seeds)]
+    return [json_module.loads(f.read_text(encoding="utf-8")) for f in files if f.is_file()]
 
 
 def finish(study: Study, backbone_seeds: list[int], seeds: list[int], out: Path, quiet: bool) -> None:
-    result = summary(study, backbone_seeds, seeds)
+    runs_of = {row.name: finished(study, row, backbone_seeds, seeds) for row in ROWS}
+    result = summary({"data": study.data, "imbalance": study.imbalance, "preset": study.preset,
+                      "backbone_seeds": backbone_seeds, "classifier_seeds": seeds}, runs_of)  # fmt: skip
     if not result["rows"]:
         raise SystemExit(f"no row of {study.name} is done in {study.workspace}: python examples/tables.py run")
     path = write_result(result, out)
@@ -380,6 +233,13 @@ def finish(study: Study, backbone_seeds: list[int], seeds: list[int], out: Path,
 
         stderr().print(Markdown(markdown(result)))
     sys.stdout.write(f"{path}\n")
+
+
+@app.command()
+def readme(preset: Preset = "quick", results: Out = Path("examples/results")) -> None:
+    """Print README's table from the committed results."""
+    files = (results / f"tables_{data}_if200_{preset}.json" for data in ("cifar10", "cifar100"))
+    sys.stdout.write(readme_table(*(json_module.loads(f.read_text(encoding="utf-8")) for f in files)))
 
 
 if __name__ == "__main__":

@@ -328,9 +328,10 @@ def test_the_papers_figures_belong_to_rows_of_the_tables():
     import sys
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    import table_report
     import tables
 
-    paper = json.loads(tables.PAPER.read_text())
+    paper = json.loads(table_report.PAPER.read_text())
     for table, rows in paper["tables"].items():
         known = {r.name for r in tables.ROWS if table in ("reported", *r.tables)}
         assert set(rows) <= known and table in paper["sources"]
