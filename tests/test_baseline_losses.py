@@ -91,16 +91,13 @@ each_loss = pytest.mark.parametrize("name", CASES)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
-def reference(name, logits, targets, counts=COUNTS):
-    """The terms and the weights of the examples, in lists; weights have mean 1 over the classes."""
+def reference(name, logits, targets, counts=COUNTS, also=None):
+    """The weighted terms, their weights (mean 1 over the classes, times those of ``also``), and the weighted mean."""
     _, term, weight = CASES[name]
     of_class = [1.0 if weight is None else weight(n) for n in counts]
-    weights = [of_class[y] * len(counts) / sum(of_class) for y in targets.tolist()]
-    return [term(row, y, counts) for row, y in zip(logits.tolist(), targets.tolist(), strict=True)], weights
-
-
-def weighted_mean(terms, weights):
-    return sum(t * w for t, w in zip(terms, weights, strict=True)) / sum(weights)
+    weights = [of_class[y] * len(counts) / sum(of_class) * (also[y] if also else 1.0) for y in targets.tolist()]
+    terms = [term(z, y, counts) * w for z, y, w in zip(logits.tolist(), targets.tolist(), weights, strict=True)]
+    return terms, weights, sum(terms) / sum(weights)
 
 
 def assert_same_loss(one, other, tolerance=1e-12):
@@ -111,21 +108,19 @@ def assert_same_loss(one, other, tolerance=1e-12):
 @each_loss
 def test_terms_denominator_and_mean_equal_the_papers_equation(name):
     loss, (logits_BC, targets_B) = CASES[name][0](COUNTS), example_batch()
-    terms, weights = reference(name, logits_BC, targets_B)
-    want = [t * w for t, w in zip(terms, weights, strict=True)]
-    assert loss.per_example(logits_BC, targets_B).tolist() == pytest.approx(want, rel=1e-11, abs=1e-11)
+    terms, weights, mean = reference(name, logits_BC, targets_B)
+    assert loss.per_example(logits_BC, targets_B).tolist() == pytest.approx(terms, rel=1e-11, abs=1e-11)
     assert float(loss.denominator(targets_B)) == pytest.approx(sum(weights), rel=1e-12)
-    assert loss(logits_BC, targets_B).item() == pytest.approx(weighted_mean(terms, weights), rel=1e-11)
+    assert loss(logits_BC, targets_B).item() == pytest.approx(mean, rel=1e-11)
 
 
 @each_loss
 def test_gradient_equals_finite_differences_and_the_one_by_hand(name):
     loss, (logits_BC, targets_B) = CASES[name][0](COUNTS), example_batch(batch=5, scale=2.0, seed=1)
     _, gradient_BC = value_and_gradient(loss, logits_BC, targets_B)
-    for step_BC, slope in zip(
-        1e-5 * torch.eye(25, dtype=torch.float64).reshape(25, 5, 5), gradient_BC.flatten().tolist(), strict=True
-    ):
-        up, down = (weighted_mean(*reference(name, logits_BC + s, targets_B)) for s in (step_BC, -step_BC))
+    steps = 1e-5 * torch.eye(25, dtype=torch.float64).reshape(25, 5, 5)
+    for step_BC, slope in zip(steps, gradient_BC.flatten().tolist(), strict=True):
+        up, down = (reference(name, logits_BC + change, targets_B)[2] for change in (step_BC, -step_BC))
         assert slope == pytest.approx((up - down) / 2e-5, abs=1e-8)
 
     if "focal" in name:  # other terms than its parent's: it must not pass on its parent's gradient
@@ -148,7 +143,7 @@ def test_extreme_logits_and_counts_stay_finite_and_right(name, dtype):
     logits_BC = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [1e4, 1e4, -1e4], [0.0, 0.0, 0.0]], dtype=dtype)
     spacing = torch.finfo(dtype).eps * 1e4  # of neighbouring floats at 1e4: what adding a shift may lose
     for targets_B in (torch.tensor([1, 1, 2, 0]), torch.zeros(4, dtype=torch.int64)):
-        want = weighted_mean(*reference(name, logits_BC, targets_B, counts))
+        want = reference(name, logits_BC, targets_B, counts)[2]
         for loss in (CASES[name][0](counts), CASES[name][0](counts).to(dtype)):
             value, gradient_BC = value_and_gradient(loss, logits_BC, targets_B)
             assert value.dtype == dtype and gradient_BC.isfinite().all()
@@ -158,7 +153,7 @@ def test_extreme_logits_and_counts_stay_finite_and_right(name, dtype):
 @each_loss
 def test_half_precision_logits_are_computed_in_float32(name):
     loss, (logits_BC, targets_B) = CASES[name][0](COUNTS), example_batch(torch.bfloat16)
-    want = weighted_mean(*reference(name, logits_BC, targets_B))
+    want = reference(name, logits_BC, targets_B)[2]
     with torch.autocast("cpu", torch.bfloat16):
         value, gradient_BC = value_and_gradient(loss, logits_BC, targets_B)
     assert value.dtype == torch.float32 and gradient_BC.dtype == torch.bfloat16
@@ -170,13 +165,13 @@ def test_half_precision_logits_are_computed_in_float32(name):
 def test_focal_loss_of_sure_and_of_hopeless_examples(gamma, dtype):
     """p -> 1, where a power of 1 - p under 1 has an infinite slope, and p -> 0."""
     edge = torch.tensor([0.0, 1.0, 8.0, 17.0, 30.0, 60.0, 90.0, 800.0, 1e4], dtype=dtype)
-    logits_BC = torch.stack([torch.cat([edge, -edge]), torch.zeros(18, dtype=dtype)], 1)
-    targets_B = torch.zeros(18, dtype=torch.int64)
+    logits_BC, targets_B = torch.stack([torch.cat([edge, -edge]), edge.new_zeros(18)], 1), torch.zeros(18, dtype=torch.int64)
     loss = FocalLoss(gamma=gamma)
     value, gradient_BC = value_and_gradient(loss, logits_BC, targets_B)
     assert value.isfinite() and gradient_BC.isfinite().all() and (gradient_BC[:, 0] <= 0).all()
-    got, want = loss.per_example(logits_BC, targets_B).tolist(), [focal_term(row, 0, None, gamma) for row in logits_BC.tolist()]
-    assert got == pytest.approx(want, rel=1e-5, abs=32 * torch.finfo(dtype).eps)  # as 30 + log p is rounded
+    # 1 - p is to be as fine as the log p that it is made of, which cannot be told from 0 where p is near 1.
+    want = [-((-math.expm1(log_p)) ** gamma) * log_p for log_p in losses.log_softmax(logits_BC)[:, 0].tolist()]
+    assert loss.per_example(logits_BC, targets_B).tolist() == pytest.approx(want, rel=1e-5, abs=0)
     if gamma == 0:
         torch.testing.assert_close((value, gradient_BC), value_and_gradient(F.cross_entropy, logits_BC, targets_B))
 
@@ -217,10 +212,8 @@ def test_deferred_weights_act_from_their_first_step_on(inner, start, first):
     for step in (0, 159, 160, 199, 10):  # at an earlier step again: it follows, as after a resume
         loss.at_step(step, 200, seed=3)
         late = [effective(n) if step >= first else 1.0 for n in COUNTS]
-        terms, weights = reference(inner, logits_BC, targets_B)
-        want = weighted_mean(terms, [w * late[y] for w, y in zip(weights, targets_B.tolist(), strict=True)])
         value, gradient_BC = value_and_gradient(loss, logits_BC, targets_B)
-        assert value.item() == pytest.approx(want, rel=1e-11)
+        assert value.item() == pytest.approx(reference(inner, logits_BC, targets_B, also=late)[2], rel=1e-11)
         if loss.with_gradient is not None:
             by_hand_BC = loss.with_gradient(logits_BC, targets_B)[1] / loss.denominator(targets_B)
             torch.testing.assert_close(by_hand_BC, gradient_BC, rtol=1e-10, atol=1e-12)
@@ -228,12 +221,9 @@ def test_deferred_weights_act_from_their_first_step_on(inner, start, first):
         torch.testing.assert_close(loss.implied_log_prior(normalised(COUNTS).log()).exp(), normalised(prior))
 
 
-# Equalization: what is drawn
-
-
-def spared(loss, batch=4000):
-    """Where one call spares a class, for targets 0, 1, .. 4, 0, .. [B, C]."""
-    return loss.adjusted(torch.zeros(batch, 5), torch.arange(batch) % 5).isneginf()
+def spared(loss):
+    """Where one call of Equalization spares a class, for 4000 targets 0, 1, .. 4, 0, .. [B, C]."""
+    return loss.adjusted(torch.zeros(4000, 5), torch.arange(4000) % 5).isneginf()
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -269,24 +259,18 @@ def test_equalization_is_the_softmax_over_what_its_draw_left():
     for step in range(5):
         loss.at_step(step, 5)
         w = (~loss.adjusted(logits_BC, targets_B).isneginf()).double().tolist()
-        examples = zip(logits_BC.tolist(), targets_B.tolist(), w, strict=True)
-        want = [softmax_term(z, y, COUNTS, w_C) for z, y, w_C in examples]
+        want = list(map(softmax_term, logits_BC.tolist(), targets_B.tolist(), [COUNTS] * 11, w))
         assert loss.per_example(logits_BC, targets_B).tolist() == pytest.approx(want, rel=1e-11)
         by_hand_BC = loss.with_gradient(logits_BC, targets_B)[1] / 11
         torch.testing.assert_close(by_hand_BC, value_and_gradient(loss, logits_BC, targets_B)[1])
     assert_same_loss(EqualizationLoss(COUNTS, 0.0, THRESHOLD), F.cross_entropy)
 
 
-# What raw logits mean
-
 PRIOR_CASES = {name: case[0] for name, case in CASES.items()} | {
-    "equalization": lambda n: EqualizationLoss(n, 1.0, 0.2),
-    "equalization-drw": drw(lambda n: EqualizationLoss(n, 1.0, 0.2)),
-    "balanced": losses.BalancedSoftmaxLoss,
-    "balanced-sigmoid": losses.BalancedSigmoidLoss,
-    "balanced-drw": drw(losses.BalancedSoftmaxLoss),
-    "class-balanced-drw": drw(cb()),
-}
+    "balanced": losses.BalancedSoftmaxLoss, "balanced-sigmoid": losses.BalancedSigmoidLoss,
+    "balanced-drw": drw(losses.BalancedSoftmaxLoss), "class-balanced-drw": drw(cb()),
+    "equalization": lambda n: EqualizationLoss(n, 1.0, 0.2), "equalization-drw": drw(lambda n: EqualizationLoss(n, 1.0, 0.2)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PRIOR_CASES)
