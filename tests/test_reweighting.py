@@ -173,6 +173,12 @@ def test_weights_come_as_a_tensor_a_function_of_the_losses_or_a_number(method):
     torch.testing.assert_close(asked[0], losses_B, rtol=1e-12, atol=0)
     by_tensor = influence(*problem, weights_B=asked[0].float() ** 2, method=method)
     same(by_function, by_tensor)
+    for dtype in (torch.float32, torch.float64):
+        copied = copy.deepcopy(head).to(dtype)
+        sgd = torch.optim.SGD(copied.parameters(), lr=0.3)
+        (x, y), (meta_x, meta_y) = batches((3,), dtype=dtype)
+        found = influence(copied, sgd, SoftmaxLoss(), (x, y), (meta_x, meta_y), weights_B=losses_B, method=method)
+        assert found.influence_B.dtype == found.grads["weight"].dtype == dtype  # that of the network, not of the weights
     learnt = (asked[0] ** 2).float().requires_grad_()  # no graph of the weights comes through
     assert not influence(*problem, weights_B=learnt, method=method).grads["weight"].requires_grad
     for number in (0.0, 0, 0.7):
@@ -372,16 +378,20 @@ def cifar_net():
 
 
 class OtherNorms(nn.Module):
-    """Group and layer norm, and attention, each fed with what a bf16 layer gives and feeding another."""
+    """Instance, group and layer norm, and attention, each between layers that compute in bf16."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.group = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8)
-        self.conv2, self.layer = nn.Conv2d(8, 8, 4, stride=4), nn.LayerNorm(8)
+        self.conv, self.instance = nn.Conv2d(3, 8, 3, padding=1), nn.InstanceNorm2d(8, affine=True)
+        self.conv2, self.group = nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8)
+        self.conv3, self.layer = nn.Conv2d(8, 8, 4, stride=4), nn.LayerNorm(8)
+        self.conv4 = nn.Conv2d(8, 8, 1)
         self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, C)
 
     def forward(self, x):
-        tokens = self.layer(self.conv2(self.group(self.conv(x)).tanh()).flatten(2).transpose(1, 2))
+        x = self.conv3(self.group(self.conv2(self.instance(self.conv(x)).tanh())).tanh())
+        x = self.conv4(self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        tokens = x.flatten(2).transpose(1, 2)
         return self.head((tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]).mean(1))
 
 
@@ -409,7 +419,30 @@ def test_under_autocast_the_influence_is_that_of_float32_to_bf16_error(build, we
         assert tensor.dtype == torch.float32 and tensor.isfinite().all()
     for name in ("influence_B", "losses_B"):
         error = (getattr(rough, name) - getattr(exact, name)).norm() / getattr(exact, name).norm()
-        assert 0 < error < 0.02, name  # bf16 keeps 8 bits
+        assert 0 < error < 0.05, name  # bf16 keeps 8 bits
+
+
+def test_under_autocast_the_losses_are_those_of_the_networks_own_forward_pass():
+    """Whether they come of a first pass or of the forward-mode one."""
+    model, batch = cifar_net(), batches((3, 16, 16), dtype=torch.float32, sizes=(32, 32))
+    problem = model, torch.optim.SGD(model.parameters(), lr=0.1), SoftmaxLoss(), *batch
+    with torch.autocast("cpu", torch.bfloat16):
+        first_B, last_B = (influence(*problem, weights_B=s, method="jvp").losses_B for s in (None, 0.0))
+        with torch.no_grad():
+            own_B = F.cross_entropy(copy.deepcopy(model)(batch[0][0]), batch[0][1], reduction="none")
+    torch.testing.assert_close(first_B, own_B, rtol=1e-6, atol=0)
+    # Its kernel for bf16 maps rounds once in a while to the other side; maps left in float32 would be 7e-4 away.
+    assert (last_B - own_B).norm() < 3e-4 * own_B.norm()
+
+
+@pytest.mark.parametrize("method", ["jvp", "higher"])
+def test_a_head_that_runs_in_float32_is_not_rounded_on_the_way_back(method):
+    model, batch = Classifier(nn.Flatten(), linear_head(50, C)), batches(dtype=torch.float32)
+    problem = model, torch.optim.SGD(model.parameters(), lr=0.1), SoftmaxLoss(), *batch
+    want = influence(*problem, method=method)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = influence(*problem, method=method)
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=1e-5, atol=1e-7)
 
 
 def test_forward_mode_through_attention_equals_differences_of_the_real_step():

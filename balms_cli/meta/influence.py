@@ -130,7 +130,7 @@ def _weights_at(weights_B: Weights, losses_B: Tensor) -> Tensor | None:
     if callable(weights_B):
         weights_B = weights_B(losses_B.detach())
     if isinstance(weights_B, int | float):
-        return torch.full_like(losses_B, weights_B, requires_grad=False)
+        return torch.full_like(losses_B, weights_B)
     return None if weights_B is None else weights_B.detach().to(losses_B)
 
 
@@ -190,7 +190,8 @@ def _forward_mode(model, optimizer, loss, batch, meta_batch, weights_B, meta_los
     direction = {name: g * (-rate[name] / count) for name, g in meta_grads.items()}
     here = {name: p.detach() for name, p in params.items()}
     # No graph: each layer's tensors go once the next has read them. Of attention only the plain form has a forward mode.
-    with torch.no_grad(), _NormsKeepTheType(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), _NormsKeepTheType(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own forward mode still scripts its decompositions
         losses_here_B, influence_B = jvp(terms, (here,), (direction,))
     return Influence(influence_B, losses_here_B if losses_B is None else losses_B.detach(), grads, meta_value.detach())
 
@@ -205,7 +206,7 @@ class _NormsKeepTheType(TorchFunctionMode):
     """Under autocast a norm reads bf16 maps and float32 parameters. Its value comes out in bf16, but its forward-mode
     derivative in float32, which the next layer refuses. So: all in float32, as the kernel does inside, then both rounded."""
 
-    NORMS = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
+    NORMS = (F.batch_norm, F.layer_norm, F.instance_norm)  # group_norm does not mix
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
