@@ -42,14 +42,17 @@ def plan_views(labels_N: Tensor, counts_C: Tensor, views: int, class_rows: int) 
 
 
 def build_bank(extract: Callable[[Tensor], Tensor], pixels: Tensor, views_N: Tensor, mean: Tensor, std: Tensor, *,
-               ops: list[str], seed: int, batch_size: int, reporter: Reporter) -> FeatureBank:  # fmt: skip
-    """Features of every planned view. ``extract``: normalised images [B, 3, H, W] to features [B, D], in eval mode.
+               ops: list[str], seed: int, batch_size: int, reporter: Reporter, part: slice = slice(None)
+               ) -> FeatureBank:  # fmt: skip
+    """Features of every planned view, or of the rows in ``part`` alone (one process of several).
 
+    ``extract``: normalised images [B, 3, H, W] to features [B, D], in eval mode.
     View v of image i is keyed by (seed, i, v): the bank does not depend on batch size, order or device.
     """
     image_R = torch.repeat_interleave(views_N)
     starts_N = views_N.cumsum(0) - views_N
-    view_R = torch.arange(len(image_R), device=views_N.device) - starts_N[image_R]
+    view_R = (torch.arange(len(image_R), device=views_N.device) - starts_N[image_R])[part]
+    image_R = image_R[part]
     features = None
     with torch.no_grad(), reporter.task("features", len(image_R), unit="image") as task:
         for first in range(0, len(image_R), batch_size):
@@ -82,7 +85,7 @@ def online_features(extract: Callable[[Tensor], Tensor], pixels: Tensor, mean: T
     """``features(images_B, step, stream)``: fresh augmented views through the extractor, as the paper's code does it."""
 
     def features(images_B: Tensor, step: int, stream: int) -> Tensor:
-        samples = torch.arange(len(images_B), device=mean.device) + step * len(images_B)
+        samples = torch.arange(len(images_B)) + step * len(images_B)
         images = pixels[images_B.to(pixels.device)].to(mean.device)
         with torch.no_grad():
             out = extract(augment(images, samples, mean, std, seed=mix(seed, 4), stream=stream, ops=ops)).float()

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch at once, on the device where it lies: crop, flip, Cutout.
+"""Augmentation of a whole batch at once, on the device where it lies: crop, flip, AutoAugment, Cutout.
 
 Every random number is a hash of (seed, stream, sample): an image looks the same in a batch of any size, on any device, in
 a resumed run and in any shard. ``sample`` is whatever names a draw uniquely: its place in the endless row of draws while
@@ -47,9 +47,17 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def augment(images: Tensor, samples_B: Tensor, mean: Tensor, std: Tensor, *, seed: int, stream: int, ops: list[str]
             ) -> Tensor:  # fmt: skip
-    """Crop (zero padding of 1/8 a side: 4 at 32 px), flip (p 1/2), normalise, Cutout (a square of half the side)."""
-    u = keyed_uniform(seed, stream, samples_B, 5)
+    """Crop (zero padding of 1/8 a side: 4 at 32 px), flip (p 1/2), AutoAugment (CIFAR policy), normalise, Cutout (a square
+    of half the side): those in ``ops``, always in this order.
+
+    ``samples_B`` is best on the CPU, wherever the images are: what is decided there needs no waiting for a GPU.
+    """
+    u = keyed_uniform(seed, stream, samples_B, 5).to(images.device, non_blocking=True)
     images = crop_flip(images, u[:, 0:2] if "crop" in ops else None, u[:, 2] if "flip" in ops else None)
+    if "autoaugment" in ops:
+        from .autoaugment import auto_augment
+
+        images = auto_augment(images, samples_B, seed=seed, stream=stream)
     out = normalise(images, mean, std)
     return cutout(out, u[:, 3:5], out.shape[-1] // 2) if "cutout" in ops else out
 
