@@ -28,7 +28,7 @@ SAMPLERS = ("instance", "class", "square-root", "progressive")
 Estimator = Literal["class", "image", "expected"]
 Hypergradient = Literal["auto", "closed-form", "jvp", "higher"]
 MetaSet = Literal["train", "meta"]
-Augmentation = Literal["crop", "flip", "cutout"]
+Augmentation = Literal["crop", "flip", "autoaugment", "cutout"]
 
 
 class StageConfig(BaseModel):
@@ -122,8 +122,9 @@ class PretrainConfig(TrainConfig):
     weights: str | None = Field(None, description="initial weights: a file, or 'imagenet' (torchvision's)")
     frozen: bool = Field(False, description="take the backbone as it is: nothing is trained in stage 1")
     image_size: int = Field(32, ge=8, le=1024, description="pixels a side fed to the network")
-    augment: list[Augmentation] = Field(["crop", "flip", "cutout"], description="training augmentation, in this order")
+    augment: list[Augmentation] = Field(["crop", "flip", "cutout"], description="training augmentation, applied in this order")
     compile: bool = Field(False, description="torch.compile the backbone (about a minute of start-up)")
+    sync_batch_norm: bool = Field(False, description="several GPUs: BatchNorm statistics over all of them")
     classifier: Literal["auto", "linear", "cosine"] = Field(
         "auto", description="head: linear or cosine (auto: cosine for ldam)"
     )

@@ -18,11 +18,13 @@ def blocks(language):
 
 def commands():
     """Every ``balms ...`` that README shows, as words: in blocks and in inline code."""
-    shown = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
+    shown = [line.split("#")[0] for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     shown += re.findall(r"`(balms [^`]+)`", TEXT)
     for line in shown:
         for part in re.split(r"\||&&", line):
             words = shlex.split(part)
+            if "balms_cli" in words:  # torchrun ... -m balms_cli
+                words = ["balms", *words[words.index("balms_cli") + 1 :]]
             if words and words[0] in ("balms", ".venv/bin/balms") and words[1:] and words[1] != "COMMAND":
                 yield words[1:]
 

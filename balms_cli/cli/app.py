@@ -44,7 +44,8 @@ class ErrorBoundary(TyperGroup):
 
         if os.environ.get("BALMS_DEBUG") == "1":
             traceback.print_exception(caught)
-        print_error(message)
+        if code == 1 or os.environ.get("RANK", "0") == "0":  # of several processes one tells what all of them met
+            print_error(message)
         raise typer.Exit(code)
 
 

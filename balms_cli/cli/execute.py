@@ -1,5 +1,9 @@
 """From parsed options to a stage: find the input, resolve the configuration, run, print the result."""
 
+import io
+import os
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +51,35 @@ def make_lt(params: Params) -> None:
     return print_result(result.to_json() if params["json"] else str(result.path))
 
 
+def in_world(stage: Callable[[Params, Any], None], params: Params) -> None:
+    """Run a stage alone, or as one of the processes that torchrun started: process 0 speaks for all."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return stage(params, None)
+    from ..engine.distributed import join
+    from ..errors import ConfigError
+
+    if "-" in (params.get("data"), params.get("run"), *(params.get("runs") or [])):
+        raise ConfigError("processes of torchrun have no stdin to read: give the path instead of -")
+    with join(params.get("device") or "auto") as world:
+        if world.main:
+            return stage(params, world)
+        with redirect_stdout(io.StringIO()):
+            return stage({**params, "quiet": True}, world)
+
+
 def train_stage(stage: str, params: Params) -> None:
     """pretrain, retrain and meta-sample: a new run, or ``--resume``."""
+    in_world(lambda params, world: _train(stage, params, world), params)
+
+
+def _train(stage: str, params: Params, world) -> None:
     from . import inputs
 
     reporter = make_reporter(params["quiet"])
+    if restarted := _restarted(params):
+        params = restarted
     if params["resume"] is not None:
-        return _resume(stage, params, reporter)
+        return _resume(stage, params, reporter, world)
     from .. import presets
     from ..engine.run_dir import new_run
     from ..errors import ConfigError
@@ -75,16 +101,35 @@ def train_stage(stage: str, params: Params) -> None:
 
     folder = new_run(stage, run_label(resolved, manifest), workspace=params["workspace"], out=params["out"],
                      overwrite=params["overwrite"])  # fmt: skip
+    folder = _agreed(folder, world)
     reporter.note(f"preset {resolved.preset}; {sum(s != 'default' for s in resolved.sources.values())} values set by preset, "
                   f"file or flag; all of them: --print-config, or {folder.path}/config.toml")  # fmt: skip
     if parent is not None and folder.path.resolve() == parent.parent.resolve():
         raise ConfigError(f"--out {folder.path} is the run that {stage} starts from: choose another, or it is lost")
     if params["dry_run"]:
         return show_plan(resolved, manifest, parent, folder, reporter)
-    return _run(stage, resolved, manifest, parent, folder, reporter, params, resume=False)
+    return _run(stage, resolved, manifest, parent, folder, reporter, params, world, resume=False)
 
 
-def _resume(stage: str, params: Params, reporter) -> None:
+def _restarted(params: Params) -> Params | None:
+    """After torchrun's own restart (``--max-restarts``) the same command goes on with the run in its ``--out``."""
+    from ..engine.run_dir import CONFIG
+
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if not again or params["out"] is None or not (params["out"] / CONFIG).is_file():
+        return None
+    kept = ("workspace", "quiet", "json", "debug", "offline")
+    return {k: v if k in kept else None for k, v in params.items()} | {"resume": params["out"]}
+
+
+def _agreed(folder, world):
+    """Of several processes, all use the folder that process 0 chose, and that one writes in it."""
+    from ..engine.run_dir import RunDir
+
+    return folder if world is None else RunDir(Path(world.agree(str(folder.path))), writes=world.main)
+
+
+def _resume(stage: str, params: Params, reporter, world) -> None:
     """Everything comes from the run's own folder, so any other training option is refused."""
     from ..config import STAGES
     from ..data.manifest import Manifest
@@ -99,6 +144,7 @@ def _resume(stage: str, params: Params, reporter) -> None:
             f"--resume goes on with the run as it was configured and takes no other training option (given: {names})"
         )
     folder, resolved, record = open_run(params["resume"], stage)
+    folder = _agreed(folder, world)
     if folder.complete(stage):
         reporter.note(f"{folder.path} is complete: nothing to resume")
         return print_result(str(folder.path))
@@ -107,21 +153,27 @@ def _resume(stage: str, params: Params, reporter) -> None:
     check_unchanged(folder, record, manifest, parent)
     config = resolved.config.model_copy(update={"device": record["device"], "precision": record["precision"]})
     resolved = type(resolved)(stage, config, resolved.sources, resolved.preset)
-    return _run(stage, resolved, manifest, parent, folder, reporter, params, resume=True)
+    return _run(stage, resolved, manifest, parent, folder, reporter, params, world, resume=True)
 
 
-def _run(stage: str, resolved, manifest, parent, folder, reporter, params: Params, *, resume: bool) -> None:
+def _run(stage: str, resolved, manifest, parent, folder, reporter, params: Params, world, *, resume: bool) -> None:
+    from ..engine.distributed import ALONE
     from ..stages import meta_sample, pretrain, retrain
 
+    shared = {"resume": resume, "world": world or ALONE}
     if stage == "pretrain":
-        result = pretrain.run(resolved, manifest, folder, reporter, resume=resume, offline=bool(params.get("offline")))
+        result = pretrain.run(resolved, manifest, folder, reporter, offline=bool(params.get("offline")), **shared)
     else:
         stage_run = retrain.run if stage == "retrain" else meta_sample.run
-        result = stage_run(resolved, parent, manifest, folder, reporter, resume=resume)
+        result = stage_run(resolved, parent, manifest, folder, reporter, **shared)
     print_result(result.to_json() if params["json"] else str(result.path))
 
 
 def evaluate(params: Params) -> None:
+    in_world(_evaluate, params)
+
+
+def _evaluate(params: Params, world) -> None:
     from . import inputs
 
     reporter = make_reporter(params["quiet"])
@@ -129,9 +181,10 @@ def evaluate(params: Params) -> None:
     if params["print_config"]:
         return print_result(resolved.to_toml().rstrip())
     files = inputs.find_checkpoints(params["runs"], params["workspace"], ("retrain", "pretrain"), reporter)
+    from ..engine.distributed import ALONE
     from ..stages.evaluate import hold_gate, run
 
-    evaluation = run(resolved.config, files, params["data"], reporter)
+    evaluation = run(resolved.config, files, params["data"], reporter, world=world or ALONE)
     if params["json"]:
         print_result(evaluation.to_json())
     else:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import Interrupted
 from ..reporter import Reporter
 from .checkpoint import load_resume, save_resume
+from .distributed import ALONE, STOP_STRIDE, World
 from .optim import Guard
 from .run_dir import RESUME, RunDir
 
@@ -42,9 +43,11 @@ class Job:
     extras: Callable[[], dict[str, float]] = dict  # more to log, read at log points only
 
 
-def train(job: Job, run: RunDir, device: torch.device, reporter: Reporter, *, resume: bool, checkpoint_seconds: float
-          ) -> float:  # fmt: skip
+def train(job: Job, run: RunDir, device: torch.device, reporter: Reporter, *, resume: bool, checkpoint_seconds: float,
+          world: World = ALONE) -> float:  # fmt: skip
     """Run ``job`` to its last step. Returns the seconds spent, over all its sittings.
+
+    Several processes (``world``) go step by step together, stop at the same step, and process 0 writes for all.
 
     Raises DivergedError (exit 5) for a non-finite loss, Interrupted (exit 130) after SIGINT or SIGTERM, when the step is
     done and saved. A second signal stops at once.
@@ -78,11 +81,12 @@ def train(job: Job, run: RunDir, device: torch.device, reporter: Reporter, *, re
                 task.advance(min(count, done - start), loss=record["loss"], images_per_second=rate)
                 window.zero_()
                 logged = clock
-            if stop.requested or time.monotonic() - saved > checkpoint_seconds:
+            stopping = stop.requested if world.size == 1 else _together(stop.requested, done, world, device)
+            if stopping or time.monotonic() - saved > checkpoint_seconds:
                 guard.check()
                 _save(job, run, done, spent + time.monotonic() - began, window)
                 saved = time.monotonic()
-            if stop.requested and done < job.steps:
+            if stopping and done < job.steps:
                 raise Interrupted(f"stopped after step {done} of {job.steps}; go on with: {run.resume_command(job.stage)}")
 
     guard.check()
@@ -90,8 +94,15 @@ def train(job: Job, run: RunDir, device: torch.device, reporter: Reporter, *, re
     return spent + time.monotonic() - began
 
 
+def _together(requested: bool, done: int, world: World, device: torch.device) -> bool:
+    """Was any process asked to stop? On GPUs, where the answer stalls the queue, only now and then."""
+    return (device.type == "cpu" or done % STOP_STRIDE == 0) and world.any(requested, device)
+
+
 def _save(job: Job, run: RunDir, step: int, spent: float, window: Tensor) -> None:
     """``window``, the sum of the losses not yet logged, is part of the state: the log too goes on as if never stopped."""
+    if not run.writes:
+        return
     parts = {name: part.state_dict() for name, part in job.parts.items()}
     save_resume(run / RESUME, {"step": step, "seconds": spent, "window": window.clone(), "parts": parts})
 

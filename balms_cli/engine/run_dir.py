@@ -25,10 +25,13 @@ MODEL, RATES, CONFIG, METRICS, RESUME, REPORT = (
 
 
 class RunDir:
-    """One run's folder. Made by ``create``, or opened to go on with."""
+    """One run's folder. Made by ``create``, or opened to go on with.
 
-    def __init__(self, path: Path):
-        self.path = path
+    ``writes``: of several processes that share a run, one writes; in the others every writing method does nothing.
+    """
+
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -38,6 +41,8 @@ class RunDir:
 
     def create(self, resolved: Resolved, run: dict[str, Any]) -> None:
         """Make the folder and write ``config.toml``: all values, where each came from, and what they are applied to."""
+        if not self.writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -45,9 +50,13 @@ class RunDir:
         replace_file(self / CONFIG, resolved.to_toml(run))
 
     def write_json(self, name: str, value: Any) -> None:
+        if not self.writes:
+            return
         replace_file(self / name, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         try:
             with (self / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -56,7 +65,7 @@ class RunDir:
 
     def trim_metrics(self, step: int) -> None:
         """Forget what was logged after the checkpoint of ``step``: the resumed run logs it again."""
-        if (self / METRICS).is_file():
+        if self.writes and (self / METRICS).is_file():
             lines = (self / METRICS).read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             replace_file(self / METRICS, "".join(f"{line}\n" for line in kept))
@@ -100,6 +109,8 @@ def _check_place(path: Path) -> None:
 
 def clear_run(run: RunDir) -> None:
     """Take away what an earlier run wrote here (``--overwrite``); the completeness mark goes first."""
+    if not run.writes:
+        return
     for name in (MODEL, RATES, RESUME, REPORT, METRICS, CONFIG):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "features", ignore_errors=True)

@@ -11,6 +11,7 @@ import torch
 
 from .. import __version__
 from ..errors import ConfigError, one_line
+from .distributed import local_device
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def pick_device(name: str) -> torch.device:
 
 def setup(device: str, precision: str, *, deterministic: bool = False) -> Runtime:
     """Resolve ``auto``. bf16 pays where the processor multiplies in it: GPUs since 2020, CPUs with AVX512_BF16 or AMX."""
-    where = pick_device(device)
+    where = pick_device(local_device(device))
     if precision == "auto":
         if where.type == "cuda":
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

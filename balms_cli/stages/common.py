@@ -97,5 +97,6 @@ def finish(run: RunDir, model: Classifier, header: Header, report: dict[str, Any
               "manifest_sha256": header.manifest_sha256, "seed": header.recipe["seed"], **report,
               "device": runtime.describe(), "versions": versions()}  # fmt: skip
     run.write_json(REPORT, report)
-    save_model(run / MODEL, model, header)
+    if run.writes:
+        save_model(run / MODEL, model, header)
     return RunResult(run.path, report)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import RetrainConfig
 from ..data.manifest import Manifest
 from ..data.samplers import batches, class_law, mix, rates_law
+from ..engine.distributed import ALONE, World
 from ..engine.header import Header
 from ..engine.loop import Job, train
 from ..engine.optim import Guard, learning_rate, make_sgd
@@ -49,20 +50,23 @@ class Fit:
 
 
 def fit_head(config: RetrainConfig, stage: str, model: Classifier, parent: Header, parent_file: Path, manifest: Manifest,
-             rates_C: Tensor | None, folder: RunDir, runtime: Runtime, reporter: Reporter, *, resume: bool) -> Fit:  # fmt: skip
+             rates_C: Tensor | None, folder: RunDir, runtime: Runtime, reporter: Reporter, *, resume: bool,
+             world: World = ALONE) -> Fit | None:  # fmt: skip
     """A new head on the features of ``model``'s backbone, which stays bit for bit what it was: trained, or made (tau-norm,
-    ncm) without training."""
+    ncm) without training. Several processes extract features together; the head, a matter of seconds, is trained by
+    process 0 alone, and the others get None."""
     device = runtime.device
     model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def features(split: str, config: RetrainConfig = config) -> Features:
-        return read_features(config, split, model, parent, parent_file, manifest, runtime, reporter)
+        return read_features(config, split, model, parent, parent_file, manifest, runtime, reporter, world)
 
     plain_views = config.model_copy(update={"augment": False, "features": "bank"})
     if config.head == "tau-norm":
         val = None if config.tau_norm is not None else features("val", plain_views)
         head, report = tau_norm(config, model.head, parent, manifest, val, reporter)
-        return Fit(head, torch.tensor(parent.implied_log_prior, dtype=torch.float64), config.tau_norm == 0 and parent.prior_exact, None, report)
+        log_prior_C = torch.tensor(parent.implied_log_prior, dtype=torch.float64)
+        return Fit(head, log_prior_C, config.tau_norm == 0 and parent.prior_exact, None, report)
     if config.head == "ncm":
         head = class_means(config, features("train", plain_views), len(parent.classes))
         return Fit(head, torch.zeros(len(parent.classes)), False, None, {})
@@ -76,6 +80,9 @@ def fit_head(config: RetrainConfig, stage: str, model: Classifier, parent: Heade
     train_set = features("train")
     with_meta_split = config.meta_set == "meta" and (config.meta_sampler or config.meta_reweigher)
     meta_set = features("meta") if with_meta_split else train_set
+
+    if not world.main:
+        return None
 
     steps = total_steps(config, len(train_set.labels))
     optimizer = make_sgd(head, config, undecayed(head, loss))

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import PretrainConfig
 from ..data.samplers import ClassIndex, mix
+from ..engine.distributed import World
 from ..engine.optim import Guard
 from ..engine.runtime import Runtime
 from ..losses import SoftmaxLoss
@@ -25,21 +26,28 @@ _META_DRAW, _WEIGHT_NET = 11, 12
 Read = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (image indices [B], step) -> inputs [B, 3, S, S], targets [B]
 
 
-def plain_step(model: Classifier, optimizer, loss: SoftmaxLoss, read: Read, draw: Callable[[int], Tensor], runtime: Runtime
-               ) -> Callable[[int, Guard], Tensor]:  # fmt: skip
-    """Forward, loss, backward, SGD."""
+def plain_step(model: nn.Module, optimizer, loss: SoftmaxLoss, read: Read, draw: Callable[[int], Tensor], runtime: Runtime,
+               world: World) -> Callable[[int, Guard], Tensor]:  # fmt: skip
+    """Forward, loss, backward, SGD. B is this process's share of the batch."""
 
     def step(i: int, guard: Guard) -> Tensor:
         inputs, targets_B = read(draw(i), i)
         with runtime.autocast():
             logits_BC = model(inputs)
-        value = loss(logits_BC, targets_B)
+        value = loss(logits_BC, targets_B) if world.size == 1 else _share_of_loss(loss, logits_BC, targets_B, world)
         optimizer.zero_grad()
         value.backward()
+        value = world.mean(value.detach())  # one number for all: they log, and give up, together
         guard.step(value, optimizer)
-        return value.detach()
+        return value
 
     return step
+
+
+def _share_of_loss(loss: SoftmaxLoss, logits_BC: Tensor, targets_B: Tensor, world: World) -> Tensor:
+    """What averaged over the processes is the loss of the whole batch: a denominator is that of the batch, not the share."""
+    losses_B = loss.per_example(logits_BC, targets_B)
+    return losses_B.sum() / world.mean(torch.as_tensor(loss.denominator(targets_B), device=losses_B.device)).to(losses_B)
 
 
 def reweighted_step(config: PretrainConfig, model: Classifier, optimizer, loss: SoftmaxLoss, weigher: "Weigher", read: Read,

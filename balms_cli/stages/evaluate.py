@@ -12,6 +12,7 @@ from ..config import EvaluateConfig
 from ..data.features import extract_all
 from ..data.manifest import Manifest, now
 from ..engine.checkpoint import load_model
+from ..engine.distributed import ALONE, World
 from ..engine.header import Header, read_header
 from ..engine.run_dir import manifest_of
 from ..engine.runtime import Runtime, setup, versions
@@ -35,7 +36,8 @@ class Evaluation:
         return self.runs[0] if len(self.runs) == 1 else {"runs": self.runs}
 
 
-def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, reporter: Reporter | None = None) -> Evaluation:
+def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, reporter: Reporter | None = None, *,
+        world: World = ALONE) -> Evaluation:  # fmt: skip
     """Score the checkpoints ``files`` on the test split of their manifest, or of ``data``.
 
     Raises: CheckpointError, DataError, ConfigError (a gate that cannot be read, or on an empty group). Gates are held by
@@ -56,7 +58,7 @@ def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, rep
             reporter.warn(f"{file.parent.name} was trained on another draw of the data than {manifest.path.name}")
     for header in headers:
         adjustment(config, header)
-    cache = _Cache(config, runtime, reporter)
+    cache = _Cache(config, runtime, reporter, world)
     results = [
         _score(config, file, manifest, runtime, cache, reporter) for file, manifest in zip(files, manifests, strict=True)
     ]
@@ -113,10 +115,10 @@ def _score(config: EvaluateConfig, file: Path, manifest: Manifest, runtime, cach
 
 class _Cache:
     """Logits of a split, with the images of the last split and the features of the last backbone kept: checkpoints that
-    share a frozen backbone cost one pass over the images."""
+    share a frozen backbone cost one pass over the images. Several processes share that pass."""
 
-    def __init__(self, config: EvaluateConfig, runtime: Runtime, reporter: Reporter):
-        self.config, self.runtime, self.reporter = config, runtime, reporter
+    def __init__(self, config: EvaluateConfig, runtime: Runtime, reporter: Reporter, world: World):
+        self.config, self.runtime, self.reporter, self.world = config, runtime, reporter, world
         self.images: tuple[Any, Images | None] = (None, None)
         self.features: tuple[Any, torch.Tensor | None] = (None, None)
 
@@ -143,9 +145,9 @@ class _Cache:
                 return backbone(batch.contiguous(memory_format=torch.channels_last))
 
         mean, std = (torch.tensor(v, device=device) for v in (header.mean, header.std))
-        return extract_all(
-            features, images.pixels, mean, std, batch_size=self.config.batch_size, reporter=self.reporter, what=name
-        )
+        part = images.pixels[self.world.rows(len(images.pixels))]
+        rows = extract_all(features, part, mean, std, batch_size=self.config.batch_size, reporter=self.reporter, what=name)
+        return self.world.gather(rows, len(images.pixels))
 
 
 def _fingerprint(module: torch.nn.Module) -> str:
@@ -178,8 +180,9 @@ def show_bound(result: dict[str, Any], reporter: Reporter) -> None:
     shown = rows if len(rows) <= _SHOWN else [*rows[:half], ["..."] + [""] * 8, *rows[-half:]]
     title = f"{Path(result['run']).name}: terms of the bound on {bound['images']} training images, t = {bound['threshold']:.3f}"
     reporter.table(title, columns, [*shown, cells("mean", "", bound["mean"])])
-    reporter.note(f"complexity: relative to sqrt(C(F)); margins gamma* make its sum {bound['complexity_ratio']:.3f} of that of "
-                  f"equal margins. B in epsilon: {bound['loss_range']:.2f} ({bound['loss_range_source']}). {bound['note']}")  # fmt: skip
+    reporter.note(f"complexity: relative to sqrt(C(F)); margins gamma* make its sum {bound['complexity_ratio']:.3f} of that "
+                  f"of equal margins. B in epsilon: {bound['loss_range']:.2f} ({bound['loss_range_source']}). "
+                  f"{bound['note']}")  # fmt: skip
 
 
 def show(results: list[dict[str, Any]], reporter: Reporter) -> None:

@@ -15,6 +15,7 @@ from ..data.aside import replace_file
 from ..data.features import FeatureBank, build_bank, online_features, plan_views
 from ..data.manifest import Manifest
 from ..data.samplers import ClassIndex, mix
+from ..engine.distributed import ALONE, World
 from ..engine.header import Header, sha256_of
 from ..engine.runtime import Runtime
 from ..errors import BalmsError
@@ -35,8 +36,11 @@ class Features:
 
 
 def read_features(config: RetrainConfig, split: str, model: Classifier, parent: Header, parent_file: Path,
-                  manifest: Manifest, runtime: Runtime, reporter: Reporter) -> Features:  # fmt: skip
-    """The feature reader of a split: rows of the bank, or the backbone itself with ``features = online``."""
+                  manifest: Manifest, runtime: Runtime, reporter: Reporter, world: World = ALONE) -> Features:  # fmt: skip
+    """The feature reader of a split: rows of the bank, or the backbone itself with ``features = online``.
+
+    Several processes extract a bank together, each its part of the rows, and all of them get the whole of it.
+    """
     device = runtime.device
     ops = parent.recipe.get("augment", []) if config.augment else []
     mean, std = torch.tensor(parent.mean, device=device), torch.tensor(parent.std, device=device)
@@ -56,11 +60,14 @@ def read_features(config: RetrainConfig, split: str, model: Classifier, parent: 
         views_N = plan_views(labels_N, counts_C, config.views, config.class_rows) if ops else torch.ones_like(labels_N)
         seed = int(parent.recipe.get("seed", 0))
         key = _bank_key(parent_file, manifest, split, views_N, ops, seed, runtime)
-        bank = _load_bank(parent_file.parent / "features" / f"{key}.safetensors", views_N, parent.feature_dim)
-        if bank is None:
-            bank = build_bank(extract, images().pixels, views_N, mean, std, ops=ops, seed=seed,
-                              batch_size=512, reporter=reporter)  # fmt: skip
-            _keep_bank(parent_file.parent / "features" / f"{key}.safetensors", bank, reporter)
+        file, rows = parent_file.parent / "features" / f"{key}.safetensors", int(views_N.sum())
+        bank = _load_bank(file, views_N, parent.feature_dim)
+        if world.any(bank is None, device):
+            bank = build_bank(extract, images().pixels, views_N, mean, std, ops=ops, seed=seed, batch_size=512,
+                              reporter=reporter, part=world.rows(rows))  # fmt: skip
+            bank = FeatureBank(world.gather(bank.features, rows), bank.starts, bank.views)
+            if world.main:
+                _keep_bank(file, bank, reporter)
         read = bank_reader(bank, config.seed, device)
     return Features(read, labels_N.to(device), ClassIndex(labels_N.to(device), len(parent.classes)))
 

@@ -8,6 +8,7 @@ from ..config import MetaSampleConfig, Resolved
 from ..data.aside import replace_file
 from ..data.manifest import Manifest
 from ..engine.checkpoint import load_model
+from ..engine.distributed import ALONE, World
 from ..engine.header import sha256_of
 from ..engine.run_dir import RATES, REPORT, RunDir, clear_run
 from ..engine.runtime import setup, versions
@@ -18,7 +19,7 @@ from .rates import rates_document, show_rates
 
 
 def run(resolved: Resolved[MetaSampleConfig], parent_file: Path, manifest: Manifest, folder: RunDir,
-        reporter: Reporter | None = None, *, resume: bool = False) -> RunResult:  # fmt: skip
+        reporter: Reporter | None = None, *, resume: bool = False, world: World = ALONE) -> RunResult:  # fmt: skip
     """Run the meta sampler on a checkpoint's features; writes rates.csv, rates.png and, last, rates.json.
 
     Raises as ``retrain`` does.
@@ -34,7 +35,10 @@ def run(resolved: Resolved[MetaSampleConfig], parent_file: Path, manifest: Manif
         clear_run(folder)
         folder.create(resolved, provenance(manifest, runtime, parent=str(parent_file.resolve()),
                                            parent_sha256=sha256_of(parent_file)))  # fmt: skip
-    fit = fit_head(config, "meta-sample", model, parent, parent_file, manifest, None, folder, runtime, reporter, resume=resume)
+    fit = fit_head(config, "meta-sample", model, parent, parent_file, manifest, None, folder, runtime, reporter, resume=resume,
+                   world=world)  # fmt: skip
+    if fit is None:
+        return RunResult(folder.path, {})
 
     document = rates_document(fit.rates, manifest.classes, manifest.class_counts)
     table = io.StringIO()

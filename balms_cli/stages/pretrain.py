@@ -9,11 +9,13 @@ from ..config import PretrainConfig, Resolved
 from ..data.manifest import Manifest, now
 from ..data.samplers import ClassIndex, batches, class_law, mix, rates_law
 from ..data.transforms import augment
+from ..engine.distributed import ALONE, World
 from ..engine.header import FORMAT, Header
 from ..engine.loop import Job, train
 from ..engine.optim import Guard, learning_rate, make_sgd
 from ..engine.run_dir import RunDir, clear_run
 from ..engine.runtime import setup
+from ..errors import ConfigError
 from ..models.backbones import build_backbone, load_weights
 from ..models.classifiers import Classifier
 from ..reporter import Reporter
@@ -36,12 +38,14 @@ _AUGMENT_STREAM, _META_STREAM = 0, 13
 
 
 def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, reporter: Reporter | None = None, *,
-        resume: bool = False, offline: bool = False) -> RunResult:  # fmt: skip
+        resume: bool = False, offline: bool = False, world: World = ALONE) -> RunResult:  # fmt: skip
     """Train a backbone and its linear head on ``manifest`` in the run folder ``folder``; ``resume`` goes on where it stopped.
 
     Raises: DataError, CheckpointError (weights), ConfigError, DivergedError, Interrupted.
     """
     config, reporter = resolved.config, reporter or Reporter()
+    if config.reweight != "none" and world.size > 1:
+        raise ConfigError("--reweight looks one step ahead in one process: start it without torchrun")
     runtime = setup(config.device, config.precision, deterministic=config.deterministic)
     device = runtime.device
     rates_C = read_rates(config.sampler, manifest)
@@ -68,11 +72,11 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
     if config.frozen:
         reporter.note("frozen backbone: nothing is trained in stage 1; balms retrain gives it a classifier")
     else:
-        job = _job(config, model, loss, images, meta_images, rates_C, mean, std, runtime)
+        job = _job(config, model, loss, images, meta_images, rates_C, mean, std, runtime, world)
         reporter.note(f"{config.backbone} at {config.image_size} px, {job.steps} steps of {config.batch_size} on "
                       f"{runtime.describe()}")  # fmt: skip
         seconds = train(job, folder, device, reporter, resume=resume,
-                        checkpoint_seconds=config.checkpoint_seconds)  # fmt: skip
+                        checkpoint_seconds=config.checkpoint_seconds, world=world)  # fmt: skip
         report = {"steps": job.steps, "seconds": round(seconds, 1), "final_loss": folder.final_loss(),
                   "images_per_second": round(job.steps * config.batch_size / max(seconds, 1e-9), 1)}  # fmt: skip
     if config.reweight != "none":
@@ -101,7 +105,7 @@ def _backbone(config: PretrainConfig, offline: bool):
     return backbone, *load_weights(backbone, config.backbone, config.weights, offline=offline)
 
 
-def _job(config, model, loss, images, meta_images, rates_C, mean, std, runtime) -> Job:
+def _job(config, model, loss, images, meta_images, rates_C, mean, std, runtime, world) -> Job:
     """What stage 1 trains, and the step: draw, augment, forward, loss, backward, SGD."""
     device = runtime.device
     steps = total_steps(config, len(images.labels))
@@ -111,13 +115,14 @@ def _job(config, model, loss, images, meta_images, rates_C, mean, std, runtime) 
     parts = {"model": model, "optimizer": optimizer}
     mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
     model.train()
-    read = _reader(config, images, mean, std, config.batch_size, _AUGMENT_STREAM)
+    read = _reader(config, images, mean, std, config.batch_size, _AUGMENT_STREAM, world)
     if config.reweight == "none":
-        step = plain_step(model, optimizer, loss, read, draw, runtime)
+        shared = world.wrap(model, device, sync_batch_norm=config.sync_batch_norm)
+        step = plain_step(shared, optimizer, loss, read, draw, runtime, world)
     else:
         weigher = make_weigher(config, device)
         parts |= weigher.parts
-        meta_read = _reader(config, meta_images, mean, std, config.meta_batch_size, _META_STREAM)
+        meta_read = _reader(config, meta_images, mean, std, config.meta_batch_size, _META_STREAM, world)
         meta_index = ClassIndex(meta_images.labels, len(model.head.weight))
         step = reweighted_step(config, model, optimizer, loss, weigher, read, draw, meta_read, meta_index, runtime)
 
@@ -131,11 +136,15 @@ def _job(config, model, loss, images, meta_images, rates_C, mean, std, runtime) 
     return Job("pretrain", steps, parts, optimizer, schedule, told_step, config.batch_size)
 
 
-def _reader(config: PretrainConfig, images: Images, mean: Tensor, std: Tensor, batch_size: int, stream: int) -> Read:
-    """Images by index as augmented, normalised network inputs; the view is keyed by (seed, stream, step, place)."""
-    place_B = torch.arange(batch_size, device=mean.device)
+def _reader(config: PretrainConfig, images: Images, mean: Tensor, std: Tensor, batch_size: int, stream: int, world: World
+            ) -> Read:  # fmt: skip
+    """This process's share of a batch as augmented, normalised network inputs; the view of an image is keyed by (seed,
+    stream, step, place in the whole batch)."""
+    share = world.share(batch_size)
+    place_B = torch.arange(batch_size)[share]
 
     def read(images_B: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        images_B = images_B[share]
         pixels = images.pixels[images_B.to(images.pixels.device)].to(mean.device, non_blocking=True)
         inputs = augment(pixels, place_B + i * batch_size, mean, std, seed=config.seed, stream=stream, ops=config.augment)
         return inputs.contiguous(memory_format=torch.channels_last), images.labels[images_B]

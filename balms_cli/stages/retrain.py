@@ -5,6 +5,7 @@ from pathlib import Path
 from ..config import Resolved, RetrainConfig
 from ..data.manifest import Manifest, now
 from ..engine.checkpoint import load_model
+from ..engine.distributed import ALONE, World
 from ..engine.header import FORMAT, Header, sha256_of
 from ..engine.run_dir import RATES, RunDir, clear_run
 from ..engine.runtime import setup
@@ -18,7 +19,7 @@ from .training_free import check_tau
 
 
 def run(resolved: Resolved[RetrainConfig], parent_file: Path, manifest: Manifest, folder: RunDir,
-        reporter: Reporter | None = None, *, resume: bool = False) -> RunResult:  # fmt: skip
+        reporter: Reporter | None = None, *, resume: bool = False, world: World = ALONE) -> RunResult:  # fmt: skip
     """Train a classifier on the features of the checkpoint ``parent_file``; writes the whole network to ``folder``.
 
     Raises: CheckpointError (damaged, or of other classes), DataError, ConfigError, DivergedError, Interrupted.
@@ -37,7 +38,10 @@ def run(resolved: Resolved[RetrainConfig], parent_file: Path, manifest: Manifest
         clear_run(folder)
         folder.create(resolved, provenance(manifest, runtime, parent=str(parent_file.resolve()), parent_sha256=parent_sha256))
 
-    fit = fit_head(config, "retrain", model, parent, parent_file, manifest, rates_C, folder, runtime, reporter, resume=resume)
+    fit = fit_head(config, "retrain", model, parent, parent_file, manifest, rates_C, folder, runtime, reporter, resume=resume,
+                   world=world)  # fmt: skip
+    if fit is None:
+        return RunResult(folder.path, {})
     if fit.rates is not None:
         document = rates_document(fit.rates, manifest.classes, manifest.class_counts)
         folder.write_json(RATES, document)

@@ -1,0 +1,124 @@
+"""Several processes that work on one run: torchrun starts them, ``torch.distributed`` connects them.
+
+    torchrun --nproc-per-node 8 -m balms_cli pretrain DATA
+
+Every process gets the same options, reads the same data and takes its share of each batch: of 512 images in 8 processes
+those in places 0 to 63, 64 to 127, and so on. Draws and augmentation are keyed by the place in the whole batch, so the
+images that a step sees do not depend on the number of processes. Gradients are averaged by DistributedDataParallel (gloo
+between CPUs, NCCL between GPUs). Process 0 alone writes and prints. To a single process nothing here matters.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+STOP_STRIDE = 10  # steps between asking the others on a GPU, where an answer stalls the queue
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run: ``rank`` of ``size``."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> slice:
+        """The places of a batch that are this process's. Raises ConfigError (exit 2) where the shares would differ."""
+        if batch_size % self.size:
+            raise ConfigError(f"--batch-size {batch_size} does not divide among {self.size} processes; "
+                              f"try {max(1, round(batch_size / self.size)) * self.size}")  # fmt: skip
+        part = batch_size // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def rows(self, count: int, rank: int | None = None) -> slice:
+        """This process's part of ``count`` rows: every row in just one part, parts alike to one row."""
+        rank = self.rank if rank is None else rank
+        return slice(count * rank // self.size, count * (rank + 1) // self.size)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes, in each of them; without a graph."""
+        if self.size == 1:
+            return value
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        return value / self.size
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Does any process say so? All of them hear the same answer."""
+        if self.size == 1:
+            return flag
+        return bool(self.mean(torch.tensor(float(flag), device=device)).item())
+
+    def agree(self, value: Any) -> Any:
+        """What process 0 says, in all of them."""
+        if self.size == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def gather(self, part: Tensor, count: int) -> Tensor:
+        """All ``count`` rows from the parts of ``rows``, in every process, in order."""
+        if self.size == 1:
+            return part
+        shapes = [self.rows(count, rank) for rank in range(self.size)]
+        longest = max(s.stop - s.start for s in shapes)
+        # NCCL speaks between GPUs only.
+        meeting = part.device if dist.get_backend() != "nccl" else torch.device("cuda", torch.cuda.current_device())
+        padded = torch.zeros(longest, *part.shape[1:], dtype=part.dtype, device=meeting)
+        padded[: len(part)] = part.to(meeting)
+        parts = [torch.empty_like(padded) for _ in shapes]
+        dist.all_gather(parts, padded)
+        return torch.cat([p[: s.stop - s.start].to(part.device) for p, s in zip(parts, shapes, strict=True)])
+
+    def wrap(self, model: nn.Module, device: torch.device, *, sync_batch_norm: bool = False) -> nn.Module:
+        """``model`` with its gradients averaged over the processes, in backward."""
+        if self.size == 1:
+            return model
+        if sync_batch_norm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+ALONE = World()
+
+
+def process_count() -> int:
+    """How many processes torchrun started (1: it did not)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device(name: str) -> str:
+    """``auto`` and ``cuda`` name this process's own GPU where several share the work."""
+    if process_count() > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return name
+
+
+@contextmanager
+def join(device: str):
+    """This process's World, connected while the block runs. Without torchrun: alone."""
+    if process_count() == 1:
+        yield ALONE
+        return
+    name = local_device(device)
+    if name.startswith("cuda"):
+        torch.cuda.set_device(torch.device(name))
+    store, rank, size = next(dist.rendezvous("env://"))
+    # After a restart the store may still hold the addresses of processes that are gone.
+    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("nccl" if name.startswith("cuda") else "gloo", store=store, rank=rank, world_size=size)
+    yield World(rank, size)
+    dist.destroy_process_group()  # not after an error: it would wait for processes that may be dead
