@@ -23,8 +23,7 @@ def summary(study: dict[str, Any], runs_of: dict[str, list[dict[str, Any]]]) -> 
             continue
         made = {k: runs[0][k] for k in ("class_counts", "device", "versions")} | {"date": max(r["date"] for r in runs)}
         entry: dict[str, Any] = {"label": row.label, "tables": list(row.tables), "runs": len(runs), "varied": varied(row, runs)}
-        if row.note:
-            entry["note"] = row.note
+        entry |= {k: v for k, v in (("note", row.note), ("table3", row.table3)) if v}
         for metric in METRICS:
             values = [run[metric] for run in runs]
             entry[metric] = None if None in values else mean_and_error(values)
@@ -75,7 +74,8 @@ def markdown(result: dict[str, Any]) -> str:
             reported = row["published"].get("reported") if table == "table2" else None
             against = paper or reported
             gap = f"{100 * row['top1'][0] - against[0]:+.1f}" if against else ""
-            label = row["label"] + (f" ({row['note']})" if "note" in row else "")
+            label = row["table3"] if table == "table3" and "table3" in row else row["label"]
+            label += f" ({row['note']})" if "note" in row else ""
             label += f", tau {row['tau_norm']:g}" if "tau_norm" in row else ""
             label += {"train": " (meta set: training images)", "meta": " (meta set: held out)"}.get(row.get("meta_set"), "")
             lines.append(f"| {label} | {plain(paper)} | {plain(reported)} | {percent(row['top1'])} | {gap} | "

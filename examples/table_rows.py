@@ -37,6 +37,7 @@ class Row:
     head: dict[str, Any] | None = None
     score: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    table3: str = ""  # what Table 3 calls it
 
     @property
     def random_head(self) -> bool:
@@ -63,7 +64,8 @@ ROWS = (
     Row("ncm", "NCM", T2, "softmax", {"classifier": "ncm"}),
     Row("tau-norm", "tau-norm", T2, "softmax", {"classifier": "tau-norm"}, note="tau from a validation draw"),
     Row("cosine", "Cosine classifier, CBS", T2, "softmax", {"classifier": "cosine", "loss": "softmax", "sampler": "class"}),
-    Row("crt", "cRT (linear, CBS)", T2 + T3, "softmax", {"loss": "softmax", "sampler": "class"}),
+    Row("crt", "cRT (linear, CBS)", T2 + T3, "softmax", {"loss": "softmax", "sampler": "class"},
+        table3="features softmax, classifier CBS"),
     Row("lws", "LWS", T2, "softmax", {"classifier": "lws"}),
     Row("balms", "BALMS (Balanced Softmax, DT, MS)", T2 + ABLATION, "softmax", {"loss": "balanced", "meta_sampler": True}),
     Row("balanced-quarter", "Balanced Softmax 1/4, end to end", ABLATION, "balanced-quarter"),
@@ -71,7 +73,8 @@ ROWS = (
     Row("balanced-quarter-dt", "Balanced Softmax 1/4, DT", ABLATION, "softmax", {"loss": "balanced", "loss_exponent": 0.25}),
     Row("balanced-quarter-dt-ms", "Balanced Softmax 1/4, DT, MS", ABLATION, "softmax",
         {"loss": "balanced", "loss_exponent": 0.25, "meta_sampler": True}),
-    Row("balanced-dt", "Balanced Softmax, DT", ABLATION + T3, "softmax", {"loss": "balanced"}),
+    Row("balanced-dt", "Balanced Softmax, DT", ABLATION + T3, "softmax", {"loss": "balanced"},
+        table3="features softmax, classifier Balanced Softmax"),
     Row("balanced-cbs-dt", "Balanced Softmax, CBS, DT", ABLATION, "softmax", {"loss": "balanced", "sampler": "class"}),
     Row("softmax-dt-ms", "Softmax, DT, MS", ABLATION, "softmax", {"loss": "softmax", "meta_sampler": True}),
     Row("balanced-dt-mr", "Balanced Softmax, DT, MR", ABLATION, "softmax", {"loss": "balanced", "meta_reweigher": True}),

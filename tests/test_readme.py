@@ -54,6 +54,15 @@ def test_there_are_commands_to_check():
     assert len(list(commands())) > 12
 
 
+def test_the_table_is_that_of_the_committed_results(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import tables
+
+    tables.readme("quick", ROOT / "examples" / "results")
+    shown = re.search(r"<!-- tables -->\n(.*?)<!-- /tables -->", TEXT, re.DOTALL)[1]
+    assert shown == capsys.readouterr().out
+
+
 def test_links_and_pictures_are_there():
     for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert target.startswith("https://") or (ROOT / target).exists(), target

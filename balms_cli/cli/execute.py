@@ -76,6 +76,8 @@ def _train(stage: str, params: Params, world) -> None:
     from . import inputs
 
     reporter = make_reporter(params["quiet"])
+    if params.get("profile"):
+        _check_profile(params, world)
     if restarted := _restarted(params):
         params = restarted
     if params["resume"] is not None:
@@ -99,6 +101,8 @@ def _train(stage: str, params: Params, world) -> None:
         return print_result(resolved.to_toml().rstrip())
     from ..stages.plan import run_label, show_plan
 
+    if params.get("profile"):
+        return _profile(resolved, manifest, run_label(resolved, manifest), reporter, params)
     folder = new_run(stage, run_label(resolved, manifest), workspace=params["workspace"], out=params["out"],
                      overwrite=params["overwrite"])  # fmt: skip
     folder = _agreed(folder, world)
@@ -109,6 +113,28 @@ def _train(stage: str, params: Params, world) -> None:
     if params["dry_run"]:
         return show_plan(resolved, manifest, parent, folder, reporter)
     return _run(stage, resolved, manifest, parent, folder, reporter, params, world, resume=False)
+
+
+def _check_profile(params: Params, world) -> None:
+    """``--profile`` looks at the first steps of a new run, in one process. The others are refused in one line."""
+    from ..errors import ConfigError
+
+    for other in ("resume", "dry_run"):
+        if params[other]:
+            raise ConfigError(f"--profile and --{other.replace('_', '-')} are two things: leave one of them out")
+    if world is not None or "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        raise ConfigError("--profile looks at the steps of one process: start it without torchrun")
+
+
+def _profile(resolved, manifest, label: str, reporter, params: Params) -> None:
+    """No run is made: the trace is the result."""
+    from ..engine.profile import trace_path
+    from ..stages import pretrain
+
+    trace = trace_path(label, workspace=params["workspace"], out=params["out"], overwrite=params["overwrite"])
+    found, runtime = pretrain.profile(resolved, manifest, trace, reporter, offline=bool(params["offline"]))
+    print_result({"trace": str(trace), "milliseconds": found.milliseconds, "images_per_second": found.images_per_second,
+                  "device": runtime.describe()} if params["json"] else str(trace))  # fmt: skip
 
 
 def _restarted(params: Params) -> Params | None:

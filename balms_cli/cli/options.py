@@ -33,6 +33,8 @@ Quiet = Annotated[bool, Option("--quiet", "-q", help="Nothing on stderr but erro
 Debug = Annotated[
     bool, Option("--debug", help="Show the traceback of an error.", callback=_turn_on_debug, rich_help_panel=_OUTPUT)
 ]
+Profile = Annotated[bool, Option("--profile", help="Take a few steps, show where their time goes, write a trace (Chrome, "
+                                 "Perfetto) and no run.", rich_help_panel=_OUTPUT)]  # fmt: skip
 DryRun = Annotated[bool, Option("--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel=_OUTPUT)]
 
 ConfigFile = Annotated[Path | None, Option("--config", help="TOML file with a table for this stage.", rich_help_panel=_RECIPE)]

@@ -42,6 +42,7 @@ def command(
     out: o.Out = None,
     overwrite: o.Overwrite = False,
     dry_run: o.DryRun = False,
+    profile: o.Profile = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,

@@ -81,7 +81,7 @@ class RunDir:
 
 def new_run(stage: str, label: str, *, workspace: Path, out: Path | None, overwrite: bool) -> RunDir:
     """The folder that a new run will have; nothing is made yet. A non-empty ``--out`` is refused (exit 2)."""
-    _check_place(out or workspace)
+    check_place(out or workspace)
     if out is None:
         base = workspace / "runs" / f"{stage}-{label}"
         path, n = base, 1
@@ -98,7 +98,7 @@ def new_run(stage: str, label: str, *, workspace: Path, out: Path | None, overwr
     return RunDir(out)
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
     """Told before anything is computed: a folder can be made or written here. Raises ConfigError (exit 2)."""
     while not path.exists() and path != path.parent:
         path = path.parent

@@ -15,6 +15,7 @@ from ..config import PretrainConfig
 from ..data.samplers import ClassIndex, mix
 from ..engine.distributed import World
 from ..engine.optim import Guard
+from ..engine.profile import phase
 from ..engine.runtime import Runtime
 from ..losses import SoftmaxLoss
 from ..meta.influence import Influence, influence
@@ -31,14 +32,19 @@ def plain_step(model: nn.Module, optimizer, loss: SoftmaxLoss, read: Read, draw:
     """Forward, loss, backward, SGD. B is this process's share of the batch."""
 
     def step(i: int, guard: Guard) -> Tensor:
-        inputs, targets_B = read(draw(i), i)
-        with runtime.autocast():
-            logits_BC = model(inputs)
-        value = loss(logits_BC, targets_B) if world.size == 1 else _share_of_loss(loss, logits_BC, targets_B, world)
-        optimizer.zero_grad()
-        value.backward()
-        value = world.mean(value.detach())  # one number for all: they log, and give up, together
-        guard.step(value, optimizer)
+        with phase("input"):
+            images_B = draw(i)
+        inputs, targets_B = read(images_B, i)
+        with phase("forward"):
+            with runtime.autocast():
+                logits_BC = model(inputs)
+            value = loss(logits_BC, targets_B) if world.size == 1 else _share_of_loss(loss, logits_BC, targets_B, world)
+        with phase("backward"):
+            optimizer.zero_grad()
+            value.backward()
+        with phase("optimizer"):
+            value = world.mean(value.detach())  # one number for all: they log, and give up, together
+            guard.step(value, optimizer)
         return value
 
     return step
@@ -58,18 +64,26 @@ def reweighted_step(config: PretrainConfig, model: Classifier, optimizer, loss: 
     generator, plain = torch.Generator(edges_C.device), loss.plain()
 
     def step(i: int, guard: Guard) -> Tensor:
-        inputs, targets_B = read(draw(i), i)
-        images_M = meta_index.draw(edges_C, config.meta_batch_size, generator.manual_seed(mix(config.seed, _META_DRAW, i)))
+        with phase("input"):
+            images_B = draw(i)
+            images_M = meta_index.draw(edges_C, config.meta_batch_size, generator.manual_seed(mix(config.seed, _META_DRAW, i)))
+        inputs, targets_B = read(images_B, i)
         with runtime.autocast():
-            seen = influence(model, optimizer, loss, (inputs, targets_B), meta_read(images_M, i),
-                             weights_B=weigher.at_first, meta_loss=plain, method=config.hypergradient)  # fmt: skip
-        weights_B = weigher.learn(seen, guard)
-        with runtime.autocast():
-            logits_BC = model(inputs)
-        value = loss.reduce(loss.per_example(logits_BC, targets_B) * weights_B, targets_B)
-        optimizer.zero_grad()
-        value.backward()
-        guard.step(value + seen.meta_loss, optimizer)
+            meta_batch = meta_read(images_M, i)
+            with phase("look ahead"):
+                seen = influence(model, optimizer, loss, (inputs, targets_B), meta_batch,
+                                 weights_B=weigher.at_first, meta_loss=plain, method=config.hypergradient)  # fmt: skip
+        with phase("look ahead"):
+            weights_B = weigher.learn(seen, guard)
+        with phase("forward"):
+            with runtime.autocast():
+                logits_BC = model(inputs)
+            value = loss.reduce(loss.per_example(logits_BC, targets_B) * weights_B, targets_B)
+        with phase("backward"):
+            optimizer.zero_grad()
+            value.backward()
+        with phase("optimizer"):
+            guard.step(value + seen.meta_loss, optimizer)
         return value.detach()
 
     return step

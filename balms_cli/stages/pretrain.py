@@ -1,5 +1,7 @@
 """``balms pretrain``: stage 1, representation learning. One network, one loss, one sampler, from images to a checkpoint."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from ..engine.distributed import ALONE, World
 from ..engine.header import FORMAT, Header
 from ..engine.loop import Job, train
 from ..engine.optim import Guard, learning_rate, make_sgd
+from ..engine.profile import WARM_UP, Profile, phase, profile_steps
 from ..engine.run_dir import RunDir, clear_run
-from ..engine.runtime import setup
+from ..engine.runtime import Runtime, setup
 from ..errors import ConfigError
+from ..losses import SoftmaxLoss
 from ..models.backbones import build_backbone, load_weights
 from ..models.classifiers import Classifier
 from ..reporter import Reporter
@@ -46,6 +50,76 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
     config, reporter = resolved.config, reporter or Reporter()
     if config.reweight != "none" and world.size > 1:
         raise ConfigError("--reweight looks one step ahead in one process: start it without torchrun")
+    begun = _begin(config, manifest, reporter, offline)
+    runtime, model, loss, counts_C = begun.runtime, begun.model, begun.loss, torch.tensor(manifest.class_counts)
+    if not resume:
+        clear_run(folder)
+        folder.create(resolved, provenance(manifest, runtime))
+
+    report: dict[str, Any] = {"steps": 0, "seconds": 0.0}
+    if config.frozen:
+        reporter.note("frozen backbone: nothing is trained in stage 1; balms retrain gives it a classifier")
+    else:
+        job = _job(config, begun, world)
+        reporter.note(f"{config.backbone} at {config.image_size} px, {job.steps} steps of {config.batch_size} on "
+                      f"{runtime.describe()}")  # fmt: skip
+        seconds = train(job, folder, runtime.device, reporter, resume=resume,
+                        checkpoint_seconds=config.checkpoint_seconds, world=world)  # fmt: skip
+        report = {"steps": job.steps, "seconds": round(seconds, 1), "final_loss": folder.final_loss(),
+                  "images_per_second": round(job.steps * config.batch_size / max(seconds, 1e-9), 1)}  # fmt: skip
+    if config.reweight != "none":
+        report |= {"reweight": config.reweight, "meta_set": config.meta_set}
+
+    law_C = rates_law(begun.rates_C, counts_C) if begun.rates_C is not None else class_law(config.sampler, counts_C)
+    prior = torch.zeros(len(counts_C)) if config.frozen else loss.cpu().implied_log_prior(law_C.log())
+    header = Header(
+        format=FORMAT, created=now(), stage="pretrain", backbone=config.backbone, feature_dim=model.backbone.feature_dim,
+        image_size=config.image_size, classes=manifest.classes, class_counts=manifest.class_counts,
+        mean=begun.mean, std=begun.std,
+        head="untrained" if config.frozen else config.head, classifier=config.head, loss=loss_name(config),
+        sampler=config.sampler + ("" if config.reweight == "none" else f" + {config.reweight}"),
+        implied_log_prior=prior.tolist(), prior_exact=loss.prior_is_exact and config.reweight == "none",
+        recipe=config.model_dump(mode="json"), data=data_summary(manifest),
+        manifest=str(manifest.path.resolve()), manifest_sha256=manifest.sha256,
+    )  # fmt: skip
+    return finish(folder, model, header, report, runtime)
+
+
+def profile(resolved: Resolved[PretrainConfig], manifest: Manifest, trace: Path, reporter: Reporter | None = None, *,
+            offline: bool = False) -> tuple[Profile, Runtime]:  # fmt: skip
+    """Take the first steps of ``run`` and say where their time went; nothing is written but the file ``trace``.
+
+    Raises: DataError, CheckpointError (weights), ConfigError, DivergedError.
+    """
+    config, reporter = resolved.config, reporter or Reporter()
+    if config.frozen:
+        raise ConfigError("--frozen trains nothing in stage 1, so --profile has no step to look at: leave one of them out")
+    begun = _begin(config, manifest, reporter, offline)
+    found = profile_steps(_job(config, begun, ALONE), begun.runtime.device, trace)
+    columns = ["phase", "GPU ms", "share", "host ms"] if begun.runtime.device.type == "cuda" else ["phase", "ms", "share"]
+    reporter.table("where a step's time goes", columns, found.rows())
+    reporter.note(f"{found.images_per_second:,.0f} images/s: {config.backbone} at {config.image_size} px, {config.batch_size} "
+                  f"a step, {begun.runtime.describe()}; mean of {found.steps} steps after {WARM_UP}, slowed a little by "
+                  "being watched; the trace opens in ui.perfetto.dev")  # fmt: skip
+    return found, begun.runtime
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Everything that stage 1 has in hand before its first step."""
+
+    runtime: Runtime
+    images: Images
+    meta_images: Images
+    rates_C: Tensor | None
+    mean: tuple
+    std: tuple
+    loss: SoftmaxLoss
+    model: Classifier
+
+
+def _begin(config: PretrainConfig, manifest: Manifest, reporter: Reporter, offline: bool) -> _Begun:
+    """Check, load and build; nothing is written."""
     runtime = setup(config.device, config.precision, deterministic=config.deterministic)
     device = runtime.device
     rates_C = read_rates(config.sampler, manifest)
@@ -64,36 +138,7 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
     model = Classifier(backbone, head).to(device, memory_format=torch.channels_last)
     if config.compile:
         model.backbone.compile()
-    if not resume:
-        clear_run(folder)
-        folder.create(resolved, provenance(manifest, runtime))
-
-    report: dict[str, Any] = {"steps": 0, "seconds": 0.0}
-    if config.frozen:
-        reporter.note("frozen backbone: nothing is trained in stage 1; balms retrain gives it a classifier")
-    else:
-        job = _job(config, model, loss, images, meta_images, rates_C, mean, std, runtime, world)
-        reporter.note(f"{config.backbone} at {config.image_size} px, {job.steps} steps of {config.batch_size} on "
-                      f"{runtime.describe()}")  # fmt: skip
-        seconds = train(job, folder, device, reporter, resume=resume,
-                        checkpoint_seconds=config.checkpoint_seconds, world=world)  # fmt: skip
-        report = {"steps": job.steps, "seconds": round(seconds, 1), "final_loss": folder.final_loss(),
-                  "images_per_second": round(job.steps * config.batch_size / max(seconds, 1e-9), 1)}  # fmt: skip
-    if config.reweight != "none":
-        report |= {"reweight": config.reweight, "meta_set": config.meta_set}
-
-    law_C = rates_law(rates_C, counts_C) if rates_C is not None else class_law(config.sampler, counts_C)
-    prior = torch.zeros(len(counts_C)) if config.frozen else loss.cpu().implied_log_prior(law_C.log())
-    header = Header(
-        format=FORMAT, created=now(), stage="pretrain", backbone=config.backbone, feature_dim=backbone.feature_dim,
-        image_size=config.image_size, classes=manifest.classes, class_counts=manifest.class_counts, mean=mean, std=std,
-        head="untrained" if config.frozen else config.head, classifier=config.head, loss=loss_name(config),
-        sampler=config.sampler + ("" if config.reweight == "none" else f" + {config.reweight}"),
-        implied_log_prior=prior.tolist(), prior_exact=loss.prior_is_exact and config.reweight == "none",
-        recipe=config.model_dump(mode="json"), data=data_summary(manifest),
-        manifest=str(manifest.path.resolve()), manifest_sha256=manifest.sha256,
-    )  # fmt: skip
-    return finish(folder, model, header, report, runtime)
+    return _Begun(runtime, images, meta_images, rates_C, mean, std, loss, model)
 
 
 def _backbone(config: PretrainConfig, offline: bool):
@@ -105,15 +150,15 @@ def _backbone(config: PretrainConfig, offline: bool):
     return backbone, *load_weights(backbone, config.backbone, config.weights, offline=offline)
 
 
-def _job(config, model, loss, images, meta_images, rates_C, mean, std, runtime, world) -> Job:
+def _job(config: PretrainConfig, begun: _Begun, world: World) -> Job:
     """What stage 1 trains, and the step: draw, augment, forward, loss, backward, SGD."""
-    device = runtime.device
+    runtime, model, loss, images, device = begun.runtime, begun.model, begun.loss, begun.images, begun.runtime.device
     steps = total_steps(config, len(images.labels))
     index = ClassIndex(images.labels, len(model.head.weight))
-    draw = batches(config.sampler, index, config.batch_size, steps, config.seed, rates_C)
+    draw = batches(config.sampler, index, config.batch_size, steps, config.seed, begun.rates_C)
     optimizer = make_sgd(model, config, undecayed(model.head, loss))
     parts = {"model": model, "optimizer": optimizer}
-    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    mean, std = torch.tensor(begun.mean, device=device), torch.tensor(begun.std, device=device)
     model.train()
     read = _reader(config, images, mean, std, config.batch_size, _AUGMENT_STREAM, world)
     if config.reweight == "none":
@@ -122,8 +167,8 @@ def _job(config, model, loss, images, meta_images, rates_C, mean, std, runtime, 
     else:
         weigher = make_weigher(config, device)
         parts |= weigher.parts
-        meta_read = _reader(config, meta_images, mean, std, config.meta_batch_size, _META_STREAM, world)
-        meta_index = ClassIndex(meta_images.labels, len(model.head.weight))
+        meta_read = _reader(config, begun.meta_images, mean, std, config.meta_batch_size, _META_STREAM, world)
+        meta_index = ClassIndex(begun.meta_images.labels, len(model.head.weight))
         step = reweighted_step(config, model, optimizer, loss, weigher, read, draw, meta_read, meta_index, runtime)
 
     def told_step(i: int, guard: Guard) -> Tensor:
@@ -144,10 +189,13 @@ def _reader(config: PretrainConfig, images: Images, mean: Tensor, std: Tensor, b
     place_B = torch.arange(batch_size)[share]
 
     def read(images_B: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        images_B = images_B[share]
-        pixels = images.pixels[images_B.to(images.pixels.device)].to(mean.device, non_blocking=True)
-        inputs = augment(pixels, place_B + i * batch_size, mean, std, seed=config.seed, stream=stream, ops=config.augment)
-        return inputs.contiguous(memory_format=torch.channels_last), images.labels[images_B]
+        with phase("input"):
+            images_B = images_B[share]
+            pixels = images.pixels[images_B.to(images.pixels.device)].to(mean.device, non_blocking=True)
+            labels_B = images.labels[images_B]
+        with phase("augment"):
+            inputs = augment(pixels, place_B + i * batch_size, mean, std, seed=config.seed, stream=stream, ops=config.augment)
+            return inputs.contiguous(memory_format=torch.channels_last), labels_B
 
     return read
 
