@@ -118,7 +118,7 @@ class PretrainConfig(TrainConfig):
     """``balms pretrain``: representation learning, stage 1."""
 
     steps: int | None = Field(2000, ge=1, description="optimizer steps (instead of epochs)")
-    backbone: str = Field("resnet32", description="resnet20/32/44/56 (CIFAR), convnet (tiny), or a torchvision classifier")
+    backbone: str = Field("resnet32", description="resnet8/20/32/44/56 (CIFAR), or a torchvision classifier")
     weights: str | None = Field(None, description="initial weights: a file, or 'imagenet' (torchvision's)")
     frozen: bool = Field(False, description="take the backbone as it is: nothing is trained in stage 1")
     image_size: int = Field(32, ge=8, le=1024, description="pixels a side fed to the network")

@@ -50,6 +50,7 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
     config, reporter = resolved.config, reporter or Reporter()
     if config.reweight != "none" and world.size > 1:
         raise ConfigError("--reweight looks one step ahead in one process: start it without torchrun")
+    world.share(config.batch_size)  # a batch that does not divide is told before anything is read or written
     begun = _begin(config, manifest, reporter, offline)
     runtime, model, loss, counts_C = begun.runtime, begun.model, begun.loss, torch.tensor(manifest.class_counts)
     if not resume:
@@ -125,10 +126,11 @@ def _begin(config: PretrainConfig, manifest: Manifest, reporter: Reporter, offli
     rates_C = read_rates(config.sampler, manifest)
     backbone, mean, std = _backbone(config, offline)
     _warn_of_shrinking(config, manifest, reporter)
-    if config.reweight != "none":
+    held_out = config.reweight != "none" and config.meta_set == "meta"
+    if held_out:
         check_meta_set(config.meta_set, manifest)
     images = load_images(manifest, "train", config.image_size, device, reporter)
-    meta_images = images if config.meta_set == "train" else load_images(manifest, "meta", config.image_size, device, reporter)
+    meta_images = load_images(manifest, "meta", config.image_size, device, reporter) if held_out else images
     if mean is None:
         mean, std = channel_statistics(images.pixels)
 
