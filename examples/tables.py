@@ -42,7 +42,7 @@ class Study:
     imbalance: float
     preset: str
     workspace: Path
-    options: dict[str, Any]  # device, precision and the like, for every stage
+    options: dict[str, Any] | None  # device, and --set for every stage; None: whatever the rows were made with
     meta_per_class: int = 0  # L2RW and Meta-Weight-Net: images held out for their meta set (0: the training images)
 
     @property
@@ -68,6 +68,21 @@ class Study:
         name = f"{row.name}{self.meta_mark(row.backbone)}-b{backbone_seed}-c{seed}.json"
         return self.workspace / "rows" / self.name / name
 
+    @property
+    def recipe_options(self) -> dict[str, Any]:
+        """Those options that change a result."""
+        return {k: v for k, v in self.options.items() if k not in ("device", "precision", "checkpoint_seconds")}
+
+    def done(self, row: Row, backbone_seed: int, seed: int) -> dict[str, Any] | None:
+        """The kept result of a run, or None. One of other options is never taken for this one."""
+        file = self.row_file(row, backbone_seed, seed)
+        if not file.is_file():
+            return None
+        run = json_module.loads(file.read_text(encoding="utf-8"))
+        if self.options is not None and run.get("recipe_options", {}) != self.recipe_options:
+            raise typer.BadParameter(f"{file} was made with other --set values: choose another --workspace")
+        return run
+
     def meta_mark(self, key: str) -> str:
         return f"-meta{self.meta_per_class}" if self.meta_per_class and key in WITH_META_SET else ""
 
@@ -87,7 +102,9 @@ def train_backbone(study: Study, key: str, seed: int, reporter: Reporter) -> Run
         known = type(resolved.config)(**read_header(folder / MODEL).recipe)
         ignored = {"device", "precision", "checkpoint_seconds"}
         if known.model_dump(exclude=ignored) != resolved.config.model_dump(exclude=ignored):
-            raise SystemExit(f"{folder.path} was trained by another recipe: move it away, or choose another --workspace")
+            raise typer.BadParameter(
+                f"{folder.path} was trained by another recipe: move it away, or choose another --workspace"
+            )
         return folder
     pretrain.run(resolved, manifest, folder, reporter, resume=(folder / RESUME).is_file())
     return folder
@@ -136,6 +153,13 @@ def integers(text: str) -> list[int]:
         raise typer.BadParameter(f"'{text}' is not a list of whole numbers such as 0,1,2") from None
 
 
+def numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is not a list of numbers such as 200,100,10") from None
+
+
 def chosen_rows(names: str | None, table: str) -> list[Row]:
     if names is None:
         return [row for row in ROWS if table in ("all", *row.tables)]
@@ -146,8 +170,8 @@ def chosen_rows(names: str | None, table: str) -> list[Row]:
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__.splitlines()[0])
-Data = Annotated[str, typer.Option(help="cifar10, cifar100, digits, or another source of balms make-lt.")]
-Imbalance = Annotated[float, typer.Option(help="Imbalance factor.")]
+Data = Annotated[str, typer.Option(help="Data sets, such as cifar10,cifar100; or digits, or any source of balms make-lt.")]
+Imbalance = Annotated[str, typer.Option(help="Imbalance factors, such as 200,100,10.")]
 Preset = Annotated[str, typer.Option(help="quick or paper.")]
 Seeds = Annotated[str, typer.Option(help="Classifier seeds.")]
 BackboneSeeds = Annotated[str, typer.Option(help="Backbone seeds.")]
@@ -160,7 +184,7 @@ Held = Annotated[int, typer.Option(help="L2RW and Meta-Weight-Net by their origi
 
 
 @app.command()
-def run(data: Data = "cifar10", imbalance: Imbalance = 200, preset: Preset = "quick", seeds: Seeds = "0,1,2",
+def run(data: Data = "cifar10", imbalance: Imbalance = "200", preset: Preset = "quick", seeds: Seeds = "0,1,2",
         backbone_seeds: BackboneSeeds = "0", rows: Annotated[str | None, typer.Option(help="Only these, by name.")] = None,
         table: Annotated[str, typer.Option(help="table2, ablation, table3 or all.")] = "all",
         decoupled_only: Annotated[bool, typer.Option("--decoupled-only", help="Only rows on softmax features.")] = False,
@@ -168,65 +192,63 @@ def run(data: Data = "cifar10", imbalance: Imbalance = 200, preset: Preset = "qu
         sets: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of stages 1 and 2 (steps=20 ...).")] = None,
         meta_per_class: Held = 0, workspace: Workspace = Path("balms-runs/tables"), out: Out = Path("examples/results"),
         quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False) -> None:  # fmt: skip
-    """Train and score the rows that are missing; print the path of the result."""
+    """Train and score the rows that are missing; print the path of each result."""
     from balms_cli.config import parse_set
 
-    study = Study(data, imbalance, preset, workspace, {"device": device, **parse_set(sets or [])}, meta_per_class)
+    options = {"device": device, **parse_set(sets or [])}
+    studies = [Study(d, f, preset, workspace, options, meta_per_class) for d in data.split(",") for f in numbers(imbalance)]
     b_seeds, c_seeds, console = integers(backbone_seeds), integers(seeds), stderr()
     wanted = [r for r in chosen_rows(rows, table) if not decoupled_only or r.backbone == "softmax"]
-    todo = [(r, b, c) for r in wanted for b, c in study.cells(r, b_seeds, c_seeds) if not study.row_file(r, b, c).is_file()]
+    todo = [(s, r, b, c) for s in studies for r in wanted for b, c in s.cells(r, b_seeds, c_seeds) if s.done(r, b, c) is None]
     costs: list[tuple[bool, float]] = []
-    for i, (row, b, c) in enumerate(todo):
+    for i, (study, row, b, c) in enumerate(todo):
         trains = not study.backbone_dir(row.backbone, b).complete("pretrain")
-        result = run_row(study, row, b, c, make_reporter(quiet))
+        result = run_row(study, row, b, c, make_reporter(quiet)) | {"recipe_options": study.recipe_options}
         file = study.row_file(row, b, c)
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, json_module.dumps(result, indent=1) + "\n")
         costs.append((trains, result["seconds"]))
         if not quiet:
-            left = time_left(study, costs, todo[i + 1 :])
-            console.print(f"{i + 1}/{len(todo)}  {row.label}: top-1 {percent([result['top1']])} %, {result['seconds']:.0f} s; "
-                          f"about {left / 60:.0f} min left", soft_wrap=True)  # fmt: skip
-    finish(study, b_seeds, c_seeds, out, quiet)
+            left = time_left(costs, todo[i + 1 :])
+            console.print(f"{i + 1}/{len(todo)}  {study.name}, {row.label}: top-1 {percent([result['top1']])} %, "
+                          f"{result['seconds']:.0f} s; about {left / 60:.0f} min left", soft_wrap=True)  # fmt: skip
+    for study in studies:
+        finish(study, b_seeds, c_seeds, out, quiet)
 
 
-def time_left(study: Study, costs: list[tuple[bool, float]], todo: list[tuple[Row, int, int]]) -> float:
+def time_left(costs: list[tuple[bool, float]], todo: list[tuple[Study, Row, int, int]]) -> float:
     """Seconds to go: a row that trains a backbone costs what such rows cost so far, any other what those cost."""
+    if not todo:
+        return 0.0
     with_backbone, without = ([seconds for t, seconds in costs if t is kind] for kind in (True, False))
     if not with_backbone:  # none here yet: those of an earlier sitting say it too
-        reports = (study.workspace / "backbones").glob(f"{study.name}-*/report.json")
+        reports = (todo[0][0].workspace / "backbones").glob("*/report.json")
         with_backbone = [json_module.loads(f.read_text(encoding="utf-8"))["seconds"] for f in reports]
-    missing = {(r.backbone, b) for r, b, _ in todo if not study.backbone_dir(r.backbone, b).complete("pretrain")}
+    missing = {
+        s.backbone_dir(r.backbone, b).path for s, r, b, _ in todo if not s.backbone_dir(r.backbone, b).complete("pretrain")
+    }
     each, other = (statistics.fmean(seconds or [0.0]) for seconds in (with_backbone, without))
     return len(missing) * each + (len(todo) - len(missing)) * other
 
 
 @app.command()
-def show(data: Data = "cifar10", imbalance: Imbalance = 200, preset: Preset = "quick", seeds: Seeds = "0,1,2",
+def show(data: Data = "cifar10", imbalance: Imbalance = "200", preset: Preset = "quick", seeds: Seeds = "0,1,2",
          backbone_seeds: BackboneSeeds = "0", meta_per_class: Held = 0,
          workspace: Workspace = Path("balms-runs/tables"), out: Out = Path("examples/results")) -> None:  # fmt: skip
     """Write and show the tables of the rows that are done."""
-    finish(
-        Study(data, imbalance, preset, workspace, {}, meta_per_class),
-        integers(backbone_seeds),
-        integers(seeds),
-        out,
-        quiet=False,
-    )
-
-
-def finished(study: Study, row: Row, backbone_seeds: list[int], seeds: list[int]) -> list[dict[str, Any]]:
-    """The runs of a row that are done."""
-    files = [study.row_file(row, *which) for which in study.cells(row, backbone_seeds, seeds)]
-    return [json_module.loads(f.read_text(encoding="utf-8")) for f in files if f.is_file()]
+    for name in data.split(","):
+        for factor in numbers(imbalance):
+            study = Study(name, factor, preset, workspace, None, meta_per_class)
+            finish(study, integers(backbone_seeds), integers(seeds), out, quiet=False)
 
 
 def finish(study: Study, backbone_seeds: list[int], seeds: list[int], out: Path, quiet: bool) -> None:
-    runs_of = {row.name: finished(study, row, backbone_seeds, seeds) for row in ROWS}
+    runs_of = {row.name: [run for cell in study.cells(row, backbone_seeds, seeds) if (run := study.done(row, *cell))]
+               for row in ROWS}  # fmt: skip
     result = summary({"data": study.data, "imbalance": study.imbalance, "preset": study.preset,
                       "backbone_seeds": backbone_seeds, "classifier_seeds": seeds}, runs_of)  # fmt: skip
     if not result["rows"]:
-        raise SystemExit(f"no row of {study.name} is done in {study.workspace}: python examples/tables.py run")
+        raise typer.BadParameter(f"no row of {study.name} is done in {study.workspace}: python examples/tables.py run")
     path = write_result(result, out)
     if not quiet:
         from rich.markdown import Markdown

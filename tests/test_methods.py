@@ -320,6 +320,8 @@ def test_the_script_of_the_tables_resumes_shares_backbones_and_reports_what_vari
     assert crt["top1"] == [pytest.approx(mean, abs=1e-4), pytest.approx(abs(kept[0] - kept[1]) / 2, abs=1e-4)]
     monkeypatch.setattr(tables, "run_row", lambda *a: pytest.fail("done already"))
     assert CliRunner().invoke(tables.app, ["run", *options, *steps]).exit_code == 0
+    other = CliRunner().invoke(tables.app, ["run", *options, "-q", "--rows", "ncm"])
+    assert other.exit_code == 2 and "other --set values" in " ".join(other.output.replace("│", " ").split())
     text = (tmp_path / "out" / "tables_digits_if20_quick.md").read_text()
     assert "| cRT (linear, CBS) |" in text and "2 classifier seeds" in text
 
