@@ -49,7 +49,7 @@ T2, ABLATION, T3 = ("table2",), ("ablation",), ("table3",)
 ROWS = (
     Row("softmax", "Softmax", T2, "softmax"),
     Row("cost-sensitive", "Cost-sensitive (CBW)", T2, "cost-sensitive"),
-    Row("cbs", "Class-balanced sampling (CBS)", T2, "cbs"),
+    Row("cbs", "Class-balanced sampling (CBS)", T2 + ABLATION, "cbs"),
     Row("focal", "Focal", T2, "focal"),
     Row("class-balanced", "Class-balanced loss", T2, "class-balanced"),
     Row("class-balanced-sigmoid", "Class-balanced, sigmoid form", T2, "class-balanced-sigmoid"),
@@ -64,7 +64,7 @@ ROWS = (
     Row("ncm", "NCM", T2, "softmax", {"classifier": "ncm"}),
     Row("tau-norm", "tau-norm", T2, "softmax", {"classifier": "tau-norm"}, note="tau from a validation draw"),
     Row("cosine", "Cosine classifier, CBS", T2, "softmax", {"classifier": "cosine", "loss": "softmax", "sampler": "class"}),
-    Row("crt", "cRT (linear, CBS)", T2 + T3, "softmax", {"loss": "softmax", "sampler": "class"},
+    Row("crt", "cRT (linear, CBS)", T2 + ABLATION + T3, "softmax", {"loss": "softmax", "sampler": "class"},
         table3="features softmax, classifier CBS"),
     Row("lws", "LWS", T2, "softmax", {"classifier": "lws"}),
     Row("balms", "BALMS (Balanced Softmax, DT, MS)", T2 + ABLATION, "softmax", {"loss": "balanced", "meta_sampler": True}),
