@@ -15,6 +15,7 @@ relative difference of (b) and (c) is taken in float64.
 """
 
 import json as json_module
+import os
 import statistics
 import time
 import warnings
@@ -111,6 +112,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Rounds; the median of each side counts.", min=1)] = 7,
 ):
     warnings.simplefilter("ignore")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library writes to stderr on its own
     torch.set_num_threads(threads)
     difference = relative_difference(device)
     calls = sides(device)
