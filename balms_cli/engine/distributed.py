@@ -8,6 +8,7 @@ images that a step sees do not depend on the number of processes. Gradients are 
 between CPUs, NCCL between GPUs). Process 0 alone writes and prints. To a single process nothing here matters.
 """
 
+import gc
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,4 +122,8 @@ def join(device: str):
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group("nccl" if name.startswith("cuda") else "gloo", store=store, rank=rank, world_size=size)
     yield World(rank, size)
-    dist.destroy_process_group()  # not after an error: it would wait for processes that may be dead
+    # Not after an error, where others may be dead. Together, and with the wrapped network gone: one that left while process
+    # 0 still wrote was seen to abort in the threads of its connection.
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
