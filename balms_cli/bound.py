@@ -103,37 +103,20 @@ def bound_terms(
     gamma_equal = float(total) / k
     images_C = np.bincount(labels_N, minlength=k)
 
-    observed = float(np.abs(losses_N - threshold).max()) if losses_N.size else None
     given = loss_range is not None
-    if given:
-        loss_range = _positive("loss_range", loss_range)
-        if observed is not None and loss_range < observed:
-            raise ValueError(f"loss_range {loss_range:g} is not B: an image has |l - t| = {observed:g}")
-        source = "given by the caller"
-    else:
-        loss_range = observed
-        source = "the largest |l - t| over the given images: an observed value, not the supremum that eq 27 asks for"
+    observed = float(np.abs(losses_N - threshold).max()) if losses_N.size else None
+    loss_range, source = _loss_range(loss_range, observed)
 
     # A stable sort puts the images of a class side by side, so that many classes cost no more than few.
     by_class = np.split(losses_N[np.argsort(labels_N, kind="stable")], np.cumsum(images_C)[:-1])
     per_class = []
     for n, gamma, losses in zip(counts_C, gamma_C, by_class, strict=True):
-        seen = len(losses) > 0
         epsilon, missing = None, "no images of this class, and no B given"
-        if seen or given:
+        if len(losses) or given:
             epsilon, missing = _epsilon(n, gamma, loss_range, delta / k)
-        quantiles = np.percentile(threshold - losses, QUANTILES) if seen else [None] * len(QUANTILES)
-        per_class.append({
-            "n": int(n),
-            "images": len(losses),
-            "gamma": float(gamma),
-            "margin_quantiles": {f"q{q}": float(v) if seen else None for q, v in zip(QUANTILES, quantiles, strict=True)},
-            "error": float((losses > threshold).mean()) if seen else None,
-            "margin_error": float((losses + gamma > threshold).mean()) if seen else None,
-            "complexity": float(4 / (gamma * math.sqrt(n))),
-            "complexity_equal": float(4 / (gamma_equal * math.sqrt(n))),
-            "epsilon": epsilon,
-            "epsilon_missing": missing,
+        per_class.append(_margins(losses, threshold, gamma) | {
+            "n": int(n), "gamma": float(gamma), "complexity": float(4 / (gamma * math.sqrt(n))),
+            "complexity_equal": float(4 / (gamma_equal * math.sqrt(n))), "epsilon": epsilon, "epsilon_missing": missing,
         })  # fmt: skip
 
     columns = ("n", "images", "gamma", "error", "margin_error", "complexity", "complexity_equal", "epsilon")
@@ -142,21 +125,33 @@ def bound_terms(
         q: _mean([row["margin_quantiles"][q] for row in per_class]) for q in per_class[0]["margin_quantiles"]
     }
     return {
-        "threshold": threshold,
-        "delta": float(delta),
-        "delta_per_class": float(delta) / k,
-        "beta": float(total),
-        "classes": k,
-        "images": len(losses_N),
-        "images_match_counts": bool((images_C == counts_C).all()),
-        "loss_range": loss_range,
-        "loss_range_observed": observed,
-        "loss_range_source": source,
-        "gamma_equal": gamma_equal,
-        "complexity_ratio": mean["complexity"] / mean["complexity_equal"],
-        "per_class": per_class,
-        "mean": mean,
-        "note": NOTE,
+        "threshold": threshold, "delta": float(delta), "delta_per_class": float(delta) / k, "beta": float(total),
+        "classes": k, "images": len(losses_N), "images_match_counts": bool((images_C == counts_C).all()),
+        "loss_range": loss_range, "loss_range_observed": observed, "loss_range_source": source,
+        "gamma_equal": gamma_equal, "complexity_ratio": mean["complexity"] / mean["complexity_equal"],
+        "per_class": per_class, "mean": mean, "note": NOTE,
+    }  # fmt: skip
+
+
+def _loss_range(given: float | None, observed: float | None) -> tuple[float | None, str]:
+    """B, and where it comes from, in words. A value that an image refutes is refused."""
+    if given is None:
+        return observed, "the largest |l - t| over the given images: an observed value, not the supremum that eq 27 asks for"
+    given = _positive("loss_range", given)
+    if observed is not None and given < observed:
+        raise ValueError(f"loss_range {given:g} is not B: an image has |l - t| = {observed:g}")
+    return given, "given by the caller"
+
+
+def _margins(losses: np.ndarray, threshold: float, gamma: float) -> dict[str, Any]:
+    """What the images of one class show: quantiles of t - l, and the errors of eqs 25 and 26; None without images."""
+    seen = len(losses) > 0
+    quantiles = np.percentile(threshold - losses, QUANTILES) if seen else [None] * len(QUANTILES)
+    return {
+        "images": len(losses),
+        "margin_quantiles": {f"q{q}": float(v) if seen else None for q, v in zip(QUANTILES, quantiles, strict=True)},
+        "error": float((losses > threshold).mean()) if seen else None,
+        "margin_error": float((losses + gamma > threshold).mean()) if seen else None,
     }
 
 

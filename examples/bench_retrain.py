@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from bench_influence import peak
 
 from balms_cli.config import MakeLTConfig, RetrainConfig
 from balms_cli.data.features import FeatureBank
@@ -146,15 +147,7 @@ def peak_growth(n_factor: int) -> int:
     step = stage_step(torch.randn(len(labels), 64), labels, meta=True)
     guard = Guard(torch.device("cpu"))
     step(0, guard)
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for i in range(1, 51):
-            step(i, guard)
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    return peak(lambda: [step(i, guard) for i in range(1, 51)], "cpu")
 
 
 def main(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from balms_cli.engine.distributed import World
+from balms_cli.engine.distributed import World, local_device
 from balms_cli.errors import ConfigError
 
 from .conftest import SMALL
@@ -51,6 +51,13 @@ def test_alone_everything_is_what_it_was():
     assert world.any(True, torch.device("cpu")) and not world.any(False, torch.device("cpu"))
     model = torch.nn.Linear(2, 2)
     assert world.wrap(model, torch.device("cpu")) is model
+
+
+def test_every_process_takes_its_own_gpu_also_where_a_resumed_run_names_that_of_process_0(monkeypatch):
+    assert local_device("cuda:1") == "cuda:1" and local_device("auto") == "auto"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert [local_device(n) for n in ("cuda", "cuda:0", "cpu")] == ["cuda:2", "cuda:2", "cpu"]
 
 
 MICRO = """

@@ -102,8 +102,8 @@ def process_count() -> int:
 
 
 def local_device(name: str) -> str:
-    """``auto`` and ``cuda`` name this process's own GPU where several share the work."""
-    if process_count() > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+    """Where several share the work, this process's own GPU: also for a numbered one, as a resumed run has process 0's."""
+    if process_count() > 1 and (name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())):
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return name
 

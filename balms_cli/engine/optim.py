@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the step, and a step that never spoils the weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup_steps: int = 0, 
     return 0.5 * peak * (1 + math.cos(math.pi * progress))
 
 
-def make_sgd(module: nn.Module, config: TrainConfig, undecayed: Iterable[nn.Parameter] = ()) -> torch.optim.SGD:
+def make_sgd(module: nn.Module, config: TrainConfig, undecayed: Sequence[nn.Parameter] = ()) -> torch.optim.SGD:
     """SGD with momentum over every parameter that asks for a gradient (fused: one kernel for all of them).
 
     ``undecayed``: those of them that weight decay leaves alone.
