@@ -142,11 +142,7 @@ def stage_side(config: PretrainConfig, begun) -> Side:
     def turn():
         guard = Guard(device)
         for i in count:
-            i %= job.steps
-            for group in job.optimizer.param_groups:
-                group["lr"] = job.schedule(i)
-            guard.step_now = i
-            yield job.step(i, guard)
+            yield job.take(i % job.steps, guard)
 
     return turn
 

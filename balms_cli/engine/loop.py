@@ -42,6 +42,14 @@ class Job:
     images_per_step: int
     extras: Callable[[], dict[str, float]] = dict  # more to log, read at log points only
 
+    def take(self, step: int, guard: Guard) -> Tensor:
+        """One step at its own learning rate; the loss."""
+        lr = self.schedule(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        guard.step_now = step
+        return self.step(step, guard)
+
 
 def train(job: Job, run: RunDir, device: torch.device, reporter: Reporter, *, resume: bool, checkpoint_seconds: float,
           world: World = ALONE) -> float:  # fmt: skip
@@ -64,18 +72,14 @@ def train(job: Job, run: RunDir, device: torch.device, reporter: Reporter, *, re
     with stop_signals() as stop, reporter.task(job.stage, job.steps) as task:
         task.skip(start)
         for step in range(start, job.steps):
-            lr = job.schedule(step)
-            for group in job.optimizer.param_groups:
-                group["lr"] = lr
-            guard.step_now = step
-            window += job.step(step, guard)
+            window += job.take(step, guard)
 
             done = step + 1
             if done % log_every == 0 or done == job.steps:
                 guard.check()
                 count = done % log_every or log_every
                 clock = time.monotonic()
-                record = {"step": done, "loss": window.item() / count, "lr": lr, **job.extras()}
+                record = {"step": done, "loss": window.item() / count, "lr": job.schedule(step), **job.extras()}
                 rate = count * job.images_per_step / max(clock - logged, 1e-9)
                 run.append_metrics(record | {"images_per_second": round(rate, 1)})
                 task.advance(min(count, done - start), loss=record["loss"], images_per_second=rate)

@@ -95,11 +95,7 @@ def profile_steps(job: Job, device: torch.device, trace: Path, *, warm_up: int =
     with torch.profiler.profile(activities=activities, schedule=plan, acc_events=True) as recorder:
         for i in range(warm_up + steps):
             with phase(_STEP):
-                step = i % job.steps
-                for group in job.optimizer.param_groups:
-                    group["lr"] = job.schedule(step)
-                guard.step_now = step
-                job.step(step, guard)
+                job.take(i % job.steps, guard)
             if device.type == "cuda" and i + 1 in (warm_up, warm_up + steps):
                 torch.cuda.synchronize(device)  # no kernel of another step is recorded, none of these is missed
             recorder.step()
