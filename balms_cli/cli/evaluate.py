@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Context, Option
 
 from . import options as o
-from .execute import evaluate
+from .inspect import evaluate
 
 
 def command(

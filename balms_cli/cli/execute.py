@@ -12,7 +12,7 @@ from .console import make_reporter, print_result
 Params = dict[str, Any]
 
 
-def _resolve(stage: str, params: Params, kind: str | None = None):
+def resolve_params(stage: str, params: Params, kind: str | None = None):
     """Default < preset < file < flag. ``kind``: of data, for stages with presets."""
     from .. import presets
     from ..config import STAGES, parse_set, read_file, resolve
@@ -39,7 +39,7 @@ def _on_gpu(device: str) -> bool:
 
 
 def make_lt(params: Params) -> None:
-    resolved = _resolve("make-lt", params)
+    resolved = resolve_params("make-lt", params)
     if params["print_config"]:
         return print_result(resolved.to_toml().rstrip())
     from ..stages.make_lt import run
@@ -96,7 +96,7 @@ def _train(stage: str, params: Params, world) -> None:
         argument = params["run"]
         parent = inputs.find_checkpoints([argument] if argument else None, params["workspace"], ("pretrain",), reporter)[0]
         manifest = manifest_of(parent, read_header(parent), params["data"])
-    resolved = _resolve(stage, params, presets.kind_of_data(manifest.source["name"], tuple(manifest.image_size)))
+    resolved = resolve_params(stage, params, presets.kind_of_data(manifest.source["name"], tuple(manifest.image_size)))
     if params["print_config"]:
         return print_result(resolved.to_toml().rstrip())
     from ..stages.plan import run_label, show_plan
@@ -193,29 +193,6 @@ def _run(stage: str, resolved, manifest, parent, folder, reporter, params: Param
         stage_run = retrain.run if stage == "retrain" else meta_sample.run
         result = stage_run(resolved, parent, manifest, folder, reporter, **shared)
     print_result(result.to_json() if params["json"] else str(result.path))
-
-
-def evaluate(params: Params) -> None:
-    in_world(_evaluate, params)
-
-
-def _evaluate(params: Params, world) -> None:
-    from . import inputs
-
-    reporter = make_reporter(params["quiet"])
-    resolved = _resolve("evaluate", params)
-    if params["print_config"]:
-        return print_result(resolved.to_toml().rstrip())
-    files = inputs.find_checkpoints(params["runs"], params["workspace"], ("retrain", "pretrain"), reporter)
-    from ..engine.distributed import ALONE
-    from ..stages.evaluate import hold_gate, run
-
-    evaluation = run(resolved.config, files, params["data"], reporter, world=world or ALONE)
-    if params["json"]:
-        print_result(evaluation.to_json())
-    else:
-        print_result("\n".join(result["run"] for result in evaluation.runs))
-    return hold_gate(resolved.config, evaluation)
 
 
 def demo(params: Params) -> None:

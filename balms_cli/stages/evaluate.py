@@ -19,6 +19,7 @@ from ..engine.runtime import Runtime, setup, versions
 from ..errors import CheckpointError, DataError, GateError
 from ..metrics import Gate, summarise
 from ..models.classifiers import Classifier
+from ..report.scored import Scored
 from ..reporter import Reporter
 from .common import Images, check_classes, load_images
 from .prior import adjustment
@@ -28,9 +29,13 @@ _SHOWN = 30
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One result a checkpoint, in the order asked for."""
+    """What was found of each checkpoint, in the order asked for."""
 
-    runs: list[dict[str, Any]]
+    scored: list[Scored]
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        return [one.result for one in self.scored]
 
     def to_json(self) -> dict[str, Any]:
         return self.runs[0] if len(self.runs) == 1 else {"runs": self.runs}
@@ -59,9 +64,10 @@ def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, rep
     for header in headers:
         adjustment(config, header)
     cache = _Cache(config, runtime, reporter, world)
-    results = [
+    scored = [
         _score(config, file, manifest, runtime, cache, reporter) for file, manifest in zip(files, manifests, strict=True)
     ]
+    results = [one.result for one in scored]
     show(results, reporter)
     for result in results:
         if "bound" in result:
@@ -69,7 +75,7 @@ def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, rep
     if gate:
         for result in results:
             gate.met_by(result)  # an empty group is told before anything is printed as a result
-    return Evaluation(results)
+    return Evaluation(scored)
 
 
 def hold_gate(config: EvaluateConfig, evaluation: Evaluation) -> None:
@@ -83,7 +89,7 @@ def hold_gate(config: EvaluateConfig, evaluation: Evaluation) -> None:
 
 
 def _score(config: EvaluateConfig, file: Path, manifest: Manifest, runtime, cache: "_Cache", reporter: Reporter
-           ) -> dict[str, Any]:  # fmt: skip
+           ) -> Scored:  # fmt: skip
     model, header = load_model(file)
     logits_NC, labels_N = cache.logits(model, header, manifest, config.split, file.parent.name)
     shift_C = adjustment(config, header)
@@ -95,7 +101,8 @@ def _score(config: EvaluateConfig, file: Path, manifest: Manifest, runtime, cach
     # Classes are matched by name: columns into the manifest's order, whatever order the checkpoint has.
     order = [header.classes.index(name) for name in manifest.classes]
     counts = [header.class_counts[c] for c in order]
-    result = summarise(logits_NC[:, order].numpy(), labels_N.numpy(), manifest.classes, counts)
+    scores_NC, truth_N = logits_NC[:, order].numpy(), labels_N.numpy()
+    result = summarise(scores_NC, truth_N, manifest.classes, counts)
     if shift_C is not None:
         result |= {"target_prior": config.target_prior or "uniform", "prior_exact": header.prior_exact,
                    "posthoc_tau": 1.0 if config.posthoc_tau is None else config.posthoc_tau}  # fmt: skip
@@ -105,12 +112,13 @@ def _score(config: EvaluateConfig, file: Path, manifest: Manifest, runtime, cach
         result["bound"] = bound_terms(losses_N.numpy(), train_N.numpy(), counts, total=config.bound_beta,
                                       delta=config.bound_delta)  # fmt: skip
         result["bound"]["classes"] = manifest.classes
-    return result | {
+    result |= {
         "run": str(file.parent), "stage": header.stage, "classifier": header.classifier, "loss": header.loss,
         "sampler": header.sampler, "seed": header.recipe["seed"], "split": config.split, "images": len(labels_N),
         "data": header.data, "manifest_sha256": manifest.sha256, "device": runtime.describe(), "versions": versions(),
         "date": now()[:10],
     }  # fmt: skip
+    return Scored(file.parent, header, manifest, config.split, scores_NC, truth_N, counts, result)
 
 
 class _Cache:

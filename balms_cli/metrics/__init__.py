@@ -1,0 +1,6 @@
+"""What a classifier's scores are worth. Pure NumPy: nothing here loads torch."""
+
+from .accuracy import GROUPS, SCALARS, summarise
+from .gate import Gate
+
+__all__ = ["GROUPS", "SCALARS", "Gate", "summarise"]
