@@ -28,7 +28,7 @@ SAMPLERS = ("instance", "class", "square-root", "progressive")
 Estimator = Literal["class", "image", "expected"]
 Hypergradient = Literal["auto", "closed-form", "jvp", "higher"]
 MetaSet = Literal["train", "meta"]
-Augmentation = Literal["crop", "flip", "autoaugment", "cutout"]
+Augmentation = Literal["resized-crop", "crop", "flip", "autoaugment", "cutout"]
 
 
 class StageConfig(BaseModel):
@@ -61,6 +61,11 @@ class RunConfig(StageConfig):
     seed: int = Field(0, ge=0, description="initial weights, order of the batches, augmentation")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the processor computes in it")
+    loading: Literal["auto", "memory", "disk"] = Field(
+        "auto", description="images in memory, or from their files as needed (auto: in memory where half of it holds them)"
+    )
+    workers: int | None = Field(None, ge=0, le=256, description="decoder threads (default: one a processor, 8 at most)")
+    decode: Literal["cpu", "gpu"] = Field("cpu", description="loading from disk on a GPU: who decodes JPEG files (gpu: nvJPEG)")
 
 
 class TrainConfig(RunConfig):

@@ -182,7 +182,7 @@ def test_tau_is_chosen_on_validation_images_alone(with_val, tmp_path, monkeypatc
 
     read, splits = features.load_images, []
     monkeypatch.setattr(
-        features, "load_images", lambda manifest, split, *a: (splits.append(split), read(manifest, split, *a))[1]
+        features, "load_images", lambda manifest, split, *a, **k: (splits.append(split), read(manifest, split, *a, **k))[1]
     )
     folder = run("retrain", with_val, "--classifier", "tau-norm", "--out", tmp_path / "r")
     report = json.loads((folder / "report.json").read_text())

@@ -84,6 +84,37 @@ def test_a_killed_run_is_resumed_to_what_it_would_have_been(chain, tmp_path):
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
+@pytest.mark.slow
+def test_killed_again_and_again_it_still_ends_where_it_would_have(chain, tmp_path):
+    """kill -9 at odd moments, among them while resume.pt is being written (every few milliseconds here)."""
+    import random
+
+    out, rng, kills = tmp_path / "run", random.Random(0), 0
+    options = [*SMALL[:4], "--steps", "900", "--batch-size", "16", "-q"]
+    whole = start(["pretrain", chain.manifest, *options, "--out", tmp_path / "whole"], tmp_path)
+    assert whole.wait(300) == 0
+    begin = ["pretrain", chain.manifest, *options, "--set", "checkpoint_seconds=0.001", "--out", out]
+    go_on = ["pretrain", "--resume", out, "-q"]
+    while not (out / "model.safetensors").exists():
+        process = start(go_on if (out / "config.toml").exists() else begin, tmp_path)
+        before = (out / "resume.pt").stat().st_mtime_ns if (out / "resume.pt").exists() else 0
+        while process.poll() is None and kills < 8:
+            if (out / "resume.pt").exists() and (out / "resume.pt").stat().st_mtime_ns != before:
+                time.sleep(rng.uniform(0, 0.3))
+                process.kill()
+                kills += 1
+                break
+            time.sleep(0.01)
+        _, told = process.communicate(timeout=300)
+        assert process.returncode in (0, -signal.SIGKILL), told
+    assert kills >= 3
+    ours, theirs = load_file(out / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors")
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    logs = [(run / "metrics.jsonl").read_text().splitlines() for run in (out, tmp_path / "whole")]
+    assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
+    assert not [p.name for p in out.iterdir() if p.name.startswith(".")]  # nothing half-written is left
+
+
 def test_completion_offers_subcommands_and_values():
     def complete(words, count):
         env = os.environ | {

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from balms_cli.config import MakeLTConfig, resolve
 from balms_cli.data.features import FeatureBank, build_bank, plan_views
+from balms_cli.data.feed import InMemory
 from balms_cli.data.transforms import augment
 from balms_cli.engine.checkpoint import load_model
 from balms_cli.engine.header import read_header
@@ -41,14 +42,15 @@ def test_bank_rows_are_the_features_of_the_views_that_were_planned(chain):
     pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     views = torch.tensor([1, 3, 2, 1, 4])
     mean, std = torch.tensor(header.mean), torch.tensor(header.std)
-    bank = build_bank(model.backbone, pixels, views, mean, std, ops=["crop", "flip"], seed=3, batch_size=4, reporter=Reporter())
+    images = InMemory(pixels, torch.zeros(5), torch.device("cpu"))
+    bank = build_bank(model.backbone, images, views, mean, std, ops=["crop", "flip"], seed=3, batch_size=4, reporter=Reporter())
     other = build_bank(
-        model.backbone, pixels, views, mean, std, ops=["crop", "flip"], seed=3, batch_size=11, reporter=Reporter()
+        model.backbone, images, views, mean, std, ops=["crop", "flip"], seed=3, batch_size=11, reporter=Reporter()
     )
     assert bank.features.shape == (11, 64) and torch.allclose(bank.features, other.features, atol=1e-5)
     assert bank.starts.tolist() == [0, 1, 4, 6, 7]
     assert not torch.allclose(bank.features[1], bank.features[2])  # two views of image 1
-    plain = build_bank(model.backbone, pixels, torch.ones(5, dtype=torch.int64), mean, std, ops=[], seed=3, batch_size=5,
+    plain = build_bank(model.backbone, images, torch.ones(5, dtype=torch.int64), mean, std, ops=[], seed=3, batch_size=5,
                        reporter=Reporter())  # fmt: skip
     with torch.no_grad():
         direct = model.backbone(augment(pixels, torch.arange(5), mean, std, seed=0, stream=0, ops=[]))

@@ -71,8 +71,9 @@ def test_cutout_clears_a_clipped_square_and_nothing_else():
 
 
 def test_normalise_gives_zero_mean_and_unit_variance_for_its_own_statistics():
+    from balms_cli.data.feed import InMemory
     from balms_cli.stages.common import channel_statistics
 
-    mean, std = channel_statistics(IMAGES)
+    mean, std = channel_statistics(InMemory(IMAGES, torch.zeros(len(IMAGES)), torch.device("cpu")))
     out = normalise(IMAGES, torch.tensor(mean), torch.tensor(std))
     assert out.mean((0, 2, 3)).abs().max() < 1e-4 and (out.std((0, 2, 3)) - 1).abs().max() < 1e-3

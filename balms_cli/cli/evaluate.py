@@ -28,6 +28,7 @@ def command(
     print_config: o.PrintConfig = False,
     device: o.Device = None,
     precision: o.Precision = None,
+    workers: o.Workers = None,
     workspace: o.Workspace = Path("balms-runs"),
     json: o.Json = False,
     quiet: o.Quiet = False,

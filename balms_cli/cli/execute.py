@@ -144,7 +144,7 @@ def _restarted(params: Params) -> Params | None:
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if not again or params["out"] is None or not (params["out"] / CONFIG).is_file():
         return None
-    kept = ("workspace", "quiet", "json", "debug", "offline")
+    kept = ("workspace", "quiet", "json", "debug", "offline", "workers")
     return {k: v if k in kept else None for k, v in params.items()} | {"resume": params["out"]}
 
 
@@ -156,13 +156,15 @@ def _agreed(folder, world):
 
 
 def _resume(stage: str, params: Params, reporter, world) -> None:
-    """Everything comes from the run's own folder, so any other training option is refused."""
+    """Everything comes from the run's own folder, so any other training option is refused; the number of decoder threads
+    changes nothing of what is trained."""
     from ..config import STAGES
     from ..data.manifest import Manifest
     from ..engine.run_dir import check_unchanged, open_run
     from ..errors import ConfigError
 
-    given = [k for k in (*STAGES[stage].model_fields, "config", "preset", "out", "data", "run") if params.get(k) is not None]
+    names = (*(k for k in STAGES[stage].model_fields if k != "workers"), "config", "preset", "out", "data", "run")
+    given = [k for k in names if params.get(k) is not None]
     given += [k for k in ("sets", "overwrite", "dry_run", "print_config") if params.get(k)]
     if given:
         names = ", ".join("--" + k.replace("_", "-").replace("sets", "set") for k in given)
@@ -177,7 +179,9 @@ def _resume(stage: str, params: Params, reporter, world) -> None:
     manifest = Manifest.load(record["manifest"])
     parent = Path(record["parent"]) if "parent" in record else None
     check_unchanged(folder, record, manifest, parent)
-    config = resolved.config.model_copy(update={"device": record["device"], "precision": record["precision"]})
+    update = {"device": record["device"], "precision": record["precision"]}
+    update |= {"workers": params["workers"]} if params.get("workers") is not None else {}
+    config = resolved.config.model_copy(update=update)
     resolved = type(resolved)(stage, config, resolved.sources, resolved.preset)
     return _run(stage, resolved, manifest, parent, folder, reporter, params, world, resume=True)
 

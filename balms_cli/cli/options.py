@@ -68,6 +68,8 @@ Device = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 ...", autoco
                                       rich_help_panel=_RUN)]  # fmt: skip
 Precision = Annotated[str | None, Option(help="auto, fp32 or bf16.", autocompletion=_complete("auto", "fp32", "bf16"),
                                          rich_help_panel=_RUN)]  # fmt: skip
+Workers = Annotated[int | None, Option(min=0, help="Decoder threads (default: one a processor, 8 at most).",
+                                       rich_help_panel=_RUN)]  # fmt: skip
 Offline = Annotated[bool | None, Option("--offline", help="Never download (also BALMS_OFFLINE=1).", rich_help_panel=_RUN)]
 Resume = Annotated[Path | None, Option(metavar="RUN", help="Go on with an interrupted run; takes no other training option.",
                                        rich_help_panel=_RUN)]  # fmt: skip

@@ -36,6 +36,7 @@ def command(
     print_config: o.PrintConfig = False,
     device: o.Device = None,
     precision: o.Precision = None,
+    workers: o.Workers = None,
     offline: o.Offline = None,
     resume: o.Resume = None,
     workspace: o.Workspace = Path("balms-runs"),

@@ -39,6 +39,7 @@ def command(
     print_config: o.PrintConfig = False,
     device: o.Device = None,
     precision: o.Precision = None,
+    workers: o.Workers = None,
     resume: o.Resume = None,
     workspace: o.Workspace = Path("balms-runs"),
     out: o.Out = None,

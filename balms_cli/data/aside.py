@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import BalmsError, ConfigError, DataError
 
+_ASIDE = ".new-"
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EIO}
 
 
@@ -94,7 +95,7 @@ def replace_file(target: Path, content: str | bytes) -> None:
 
     Text is written as UTF-8. Raises: see :func:`write_error`.
     """
-    aside = target.with_name(f".new-{os.getpid()}-{target.name}")
+    aside = target.with_name(f"{_ASIDE}{os.getpid()}-{target.name}")
     try:
         with aside.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -106,6 +107,13 @@ def replace_file(target: Path, content: str | bytes) -> None:
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Take away what a process that was killed while it wrote here left aside. Only for a folder nobody writes in now."""
+    for left in folder.glob(f"{_ASIDE}*"):
+        with suppress(OSError):
+            left.unlink()
 
 
 def _umask() -> int:

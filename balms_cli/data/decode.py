@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,26 +15,37 @@ from .aside import printable
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 
 
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels
+
+
 class BadImage(Exception):
     """One image that cannot be read; the message is the reason, in a word or two."""
 
 
-def read_image(path: str | Path, size: int | None) -> np.ndarray | None:
+def read_image(path: str | Path, size: int | None, crop: Callable[[int, int], Box] | None = None) -> np.ndarray | None:
     """One image as uint8 [3, size, size], RGB; ``size`` None: decode it in full and give nothing back.
 
-    EXIF orientation is applied, alpha dropped, gray repeated, an animation's first frame taken, 16 bits scaled to 8.
+    ``crop``: which part of the upright image to keep, from its width and height (default: the centre square). EXIF
+    orientation is applied, alpha dropped, gray repeated, an animation's first frame taken, 16 bits scaled to 8.
     Raises: BadImage for whatever goes wrong, with a file from anywhere.
     """
     try:
         with open_image(path) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit and image.width * image.height > limit:
-                raise BadImage(f"{image.width}x{image.height} pixels, more than {limit}")
+            check_size(image)
             if size is None:
                 image.load()
                 return None
-            _draft(image, size)
-            return fit(_to_rgb(ImageOps.exif_transpose(image)), size)
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            whole = image.size[::-1] if turned else image.size
+            box = None if crop is None else crop(*whole)
+            _draft(image, size, min(image.size) if box is None else min(box[2:]))
+            upright = _to_rgb(ImageOps.exif_transpose(image))
+            if box is None:
+                return fit(upright, size)
+            x, y = upright.width / whole[0], upright.height / whole[1]  # as the decoder scaled it
+            left, top, width, height = box
+            edges = (left * x, top * y, (left + width) * x, (top + height) * y)
+            return np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC, box=edges)).transpose(2, 0, 1)
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes; each is a bad image, not a bug
@@ -46,9 +57,16 @@ def open_image(path: str | Path) -> Image.Image:
     return Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
 
 
-def _draft(image: Image.Image, size: int) -> None:
-    """Let the JPEG decoder scale a large photo down (by 2, 4 or 8), to no less than twice what is needed."""
-    shorter = min(image.size)
+def check_size(image: Image.Image) -> None:
+    """Raises: BadImage for an image of more pixels than Pillow lets pass; nothing of it is decoded yet."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and image.width * image.height > limit:
+        raise BadImage(f"{image.width}x{image.height} pixels, more than {limit}")
+
+
+def _draft(image: Image.Image, size: int, shorter: int) -> None:
+    """Let the JPEG decoder scale a large photo down (by 2, 4 or 8): ``shorter``, the shorter side of what is kept of it,
+    to no less than twice what is needed."""
     if image.format == "JPEG" and shorter >= 4 * size:
         scale = 2 * size / shorter
         image.draft(None, (round(image.width * scale), round(image.height * scale)))

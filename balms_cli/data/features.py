@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reporter import Reporter
+from .feed import Batches, Images, View, view_of
 from .samplers import mix
 from .transforms import augment, normalise
 
@@ -41,7 +42,7 @@ def plan_views(labels_N: Tensor, counts_C: Tensor, views: int, class_rows: int) 
     return needed_C.clamp(min=views, max=max(views, _MAX_VIEWS))[labels_N]
 
 
-def build_bank(extract: Callable[[Tensor], Tensor], pixels: Tensor, views_N: Tensor, mean: Tensor, std: Tensor, *,
+def build_bank(extract: Callable[[Tensor], Tensor], images: Images, views_N: Tensor, mean: Tensor, std: Tensor, *,
                ops: list[str], seed: int, batch_size: int, reporter: Reporter, part: slice = slice(None)
                ) -> FeatureBank:  # fmt: skip
     """Features of every planned view, or of the rows in ``part`` alone (one process of several).
@@ -53,14 +54,13 @@ def build_bank(extract: Callable[[Tensor], Tensor], pixels: Tensor, views_N: Ten
     starts_N = views_N.cumsum(0) - views_N
     view_R = (torch.arange(len(image_R), device=views_N.device) - starts_N[image_R])[part]
     image_R = image_R[part]
+    sample_R = image_R * _MAX_VIEWS * 1024 + view_R
+    read, count = _in_order(images, image_R, batch_size, lambda rows: view_of(ops, sample_R[rows], seed, _VIEW_STREAM))
     features = None
     with torch.no_grad(), reporter.task("features", len(image_R), unit="image") as task:
-        for first in range(0, len(image_R), batch_size):
-            rows = slice(first, first + batch_size)
-            samples = image_R[rows] * _MAX_VIEWS * 1024 + view_R[rows]
-            images = augment(pixels[image_R[rows].to(pixels.device)].to(mean.device), samples, mean, std,
-                             seed=seed, stream=_VIEW_STREAM, ops=ops)  # fmt: skip
-            out = extract(images).float()
+        for step in range(count):
+            rows = slice(step * batch_size, (step + 1) * batch_size)
+            out = extract(augment(read(step)[0], sample_R[rows], mean, std, seed=seed, stream=_VIEW_STREAM, ops=ops)).float()
             if features is None:
                 features = torch.empty(len(image_R), out.shape[1], device=out.device)
             features[rows] = out
@@ -68,27 +68,39 @@ def build_bank(extract: Callable[[Tensor], Tensor], pixels: Tensor, views_N: Ten
     return FeatureBank(features, starts_N, views_N)
 
 
-def extract_all(model: Callable[[Tensor], Tensor], pixels: Tensor, mean: Tensor, std: Tensor, *, batch_size: int,
-                reporter: Reporter, what: str = "images") -> Tensor:  # fmt: skip
-    """``model`` over all images in order, un-augmented: [N, ...] on the CPU."""
-    parts = []
-    with torch.no_grad(), reporter.task(what, len(pixels), unit="image") as task:
-        for first in range(0, len(pixels), batch_size):
-            out = model(normalise(pixels[first : first + batch_size].to(mean.device), mean, std))
+def _in_order(images: Images, image_R: Tensor, batch_size: int, view: Callable[[slice], View | None]) -> tuple[Batches, int]:
+    """The images ``image_R`` in batches, one after the other, and how many batches they are."""
+
+    def plan(step: int) -> tuple[Tensor, View | None]:
+        rows = slice(step * batch_size, (step + 1) * batch_size)
+        return image_R[rows], view(rows)
+
+    count = -(-len(image_R) // batch_size)
+    return images.batches(plan, count), count
+
+
+def extract_all(model: Callable[[Tensor], Tensor], images: Images, mean: Tensor, std: Tensor, *, batch_size: int,
+                reporter: Reporter, what: str = "images", part: slice = slice(None)) -> Tensor:  # fmt: skip
+    """``model`` over all images in order (or those in ``part``), un-augmented: [N, ...] on the CPU."""
+    parts, wanted = [], torch.arange(len(images))[part]
+    read, count = _in_order(images, wanted, batch_size, lambda rows: None)
+    with torch.no_grad(), reporter.task(what, len(wanted), unit="image") as task:
+        for step in range(count):
+            out = model(normalise(read(step)[0].to(mean.device), mean, std))
             parts.append(out.float().cpu())
             task.advance(len(out))
     return torch.cat(parts)
 
 
-def online_features(extract: Callable[[Tensor], Tensor], pixels: Tensor, mean: Tensor, std: Tensor, *, ops: list[str],
+def online_features(extract: Callable[[Tensor], Tensor], images: Images, mean: Tensor, std: Tensor, *, ops: list[str],
                     seed: int) -> Callable[[Tensor, int, int], Tensor]:  # fmt: skip
     """``features(images_B, step, stream)``: fresh augmented views through the extractor, as the paper's code does it."""
 
     def features(images_B: Tensor, step: int, stream: int) -> Tensor:
         samples = torch.arange(len(images_B)) + step * len(images_B)
-        images = pixels[images_B.to(pixels.device)].to(mean.device)
+        pixels = images.rows(images_B, view_of(ops, samples, mix(seed, 4), stream))
         with torch.no_grad():
-            out = extract(augment(images, samples, mean, std, seed=mix(seed, 4), stream=stream, ops=ops)).float()
+            out = extract(augment(pixels, samples, mean, std, seed=mix(seed, 4), stream=stream, ops=ops)).float()
         return out
 
     return features

@@ -42,15 +42,12 @@ def load_pixels(
 
 
 def _load_files(manifest: Manifest, part: Split, split: str, size: int, reporter: Reporter, threads: int | None) -> np.ndarray:
-    root = Path(manifest.source["root"])
-    if not root.is_dir():
-        raise DataError(f"the images' folder {root} is gone; bring it back, or run balms make-lt on its new place")
+    real_root = root_of(manifest)
     pixels = np.empty((len(part), 3, size, size), dtype=np.uint8)
-    real_root = os.path.realpath(root)
 
     def read(i: int) -> str | None:
         try:
-            pixels[i] = read_image(_inside(real_root, part.keys[i]), size)
+            pixels[i] = read_image(inside(real_root, part.keys[i]), size)
         except BadImage as error:
             return str(error)
         return None
@@ -61,6 +58,14 @@ def _load_files(manifest: Manifest, part: Split, split: str, size: int, reporter
     return pixels
 
 
+def root_of(manifest: Manifest) -> str:
+    """The real path of the folder that holds a manifest's image files. Raises: DataError where it is gone."""
+    root = Path(manifest.source["root"])
+    if not root.is_dir():
+        raise DataError(f"the images' folder {root} is gone; bring it back, or run balms make-lt on its new place")
+    return os.path.realpath(root)
+
+
 def check_images(source: Source, reporter: Reporter | None = None, *, threads: int | None = None) -> list[tuple[str, str]]:
     """Decode every image of a folder or list source once, in full. Returns: (key, reason) of the bad ones, in order."""
     keys = list(dict.fromkeys(key for key, _ in source.train + (source.test or [])))
@@ -68,7 +73,7 @@ def check_images(source: Source, reporter: Reporter | None = None, *, threads: i
 
     def read(i: int) -> str | None:
         try:
-            read_image(_inside(real_root, keys[i]), None)
+            read_image(inside(real_root, keys[i]), None)
         except BadImage as error:
             return str(error)
         return None
@@ -108,7 +113,7 @@ def median_size(source: Source, sample: int = 200) -> list[int]:
     return [int(x) for x in np.median(sizes, axis=0)] if sizes else [0, 0]
 
 
-def _inside(real_root: str, key: str) -> str:
+def inside(real_root: str, key: str) -> str:
     """The path of a key. Raises: BadImage where a link leads out of the root (the manifest may be a stranger's)."""
     path = os.path.join(real_root, key)
     if not is_inside(os.path.realpath(path), real_root):
@@ -122,8 +127,7 @@ def _for_all(
     """``read`` for all items in a pool (Pillow's decoders release the GIL). Returns: (item, reason) of the bad ones."""
     items = list(items)
     bad: list[tuple[int, str]] = []
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = threads or min(8, processors)
+    workers = threads or default_workers()
     with quiet_pillow(), ThreadPoolExecutor(workers) as pool, reporter.task(title, len(items), unit="image") as task:
         try:
             for done, (item, reason) in enumerate(zip(items, pool.map(read, items), strict=True), 1):
@@ -135,6 +139,12 @@ def _for_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return bad
+
+
+def default_workers() -> int:
+    """Decoder threads: one a processor, 8 at most."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, processors)
 
 
 def _load_digits(manifest: Manifest, part: Split, size: int) -> np.ndarray:
@@ -173,12 +183,18 @@ def _load_cifar(manifest: Manifest, part: Split, size: int) -> np.ndarray:
     return pixels
 
 
+def fits_memory(count: int, size: int) -> bool:
+    """Whether the pixels of ``count`` images take no more than half of the memory that is free."""
+    free = available_memory()
+    return free is None or count * 3 * size * size <= _MEMORY_SHARE * free
+
+
 def _check_memory(count: int, size: int) -> None:
     needed, free = count * 3 * size * size, available_memory()
-    if free is not None and needed > _MEMORY_SHARE * free:
+    if free is not None and not fits_memory(count, size):
         raise DataError(
             f"{count} images at {size} px take {needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB "
-            f"that are free: lower --image-size"
+            f"that are free: lower --image-size, or read them as they are needed: --set loading=disk"
         )
 
 

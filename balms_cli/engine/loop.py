@@ -82,7 +82,8 @@ def train(job: Job, run: RunDir, device: torch.device, reporter: Reporter, *, re
                 record = {"step": done, "loss": window.item() / count, "lr": job.schedule(step), **job.extras()}
                 rate = count * job.images_per_step / max(clock - logged, 1e-9)
                 run.append_metrics(record | {"images_per_second": round(rate, 1)})
-                task.advance(min(count, done - start), loss=record["loss"], images_per_second=rate)
+                paces = {name: value for name, value in record.items() if name.endswith("_per_second")}
+                task.advance(min(count, done - start), loss=record["loss"], images_per_second=rate, **paces)
                 window.zero_()
                 logged = clock
             stopping = stop.requested if world.size == 1 else _together(stop.requested, done, world, device)

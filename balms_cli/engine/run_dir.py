@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import STAGES, Resolved, resolve
-from ..data.aside import replace_file, write_error
+from ..data.aside import remove_half_written, replace_file, write_error
 from ..data.manifest import Manifest
 from ..errors import CheckpointError, ConfigError, DataError
 from .header import Header, read_header, sha256_of
@@ -64,7 +64,9 @@ class RunDir:
             raise write_error(error, self.path) from None
 
     def trim_metrics(self, step: int) -> None:
-        """Forget what was logged after the checkpoint of ``step``: the resumed run logs it again."""
+        """Forget what was logged after the checkpoint of ``step``, as the resumed run logs it again, and half-written files."""
+        if self.writes:
+            remove_half_written(self.path)
         if self.writes and (self / METRICS).is_file():
             lines = (self / METRICS).read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]

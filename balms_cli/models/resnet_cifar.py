@@ -22,11 +22,11 @@ class BasicBlock(nn.Module):
         self.stride, self.pad = stride, (width - width_in) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.bn2(self.conv2(out))
         if self.pad or self.stride > 1:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(out + x)
+        return F.relu(out.add_(x), inplace=True)
 
 
 class ResNetCifar(nn.Module):
@@ -50,5 +50,5 @@ class ResNetCifar(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(images)))
+        out = F.relu(self.bn1(self.conv1(images)), inplace=True)
         return self.blocks(out).mean((2, 3))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..config import TrainConfig
-from ..data.images import load_pixels
+from ..config import RunConfig, TrainConfig
+from ..data.feed import Images, InMemory, OnDisk
+from ..data.images import fits_memory, load_pixels
 from ..data.manifest import Manifest
 from ..engine.checkpoint import save_model
 from ..engine.header import Header
@@ -33,25 +33,35 @@ class RunResult:
         return {"run": str(self.path)} | self.report
 
 
-@dataclass(frozen=True)
-class Images:
-    """A split in memory: pixels uint8 [N, 3, S, S] (on the device where they fit well) and labels int64 [N]."""
+def load_images(manifest: Manifest, split: str, size: int, device: torch.device, reporter: Reporter | None,
+                config: RunConfig | None = None, *, cropped: bool = False) -> Images:  # fmt: skip
+    """A split as training and scoring read it: in memory where its pixels fit well, else from its files as needed.
 
-    pixels: Tensor
-    labels: Tensor
-
-
-def load_images(manifest: Manifest, split: str, size: int, device: torch.device, reporter: Reporter) -> Images:
-    pixels = torch.from_numpy(load_pixels(manifest, split, size, reporter))
+    ``config`` says how (``loading``, ``workers``, ``decode``); ``cropped``: random crops of the files will be asked for.
+    """
+    config, reporter = config or RunConfig(), reporter or Reporter()
+    files = manifest.source["kind"] not in ("digits", "cifar")  # those are small, and have no files of their own
+    memory = config.loading == "memory" or (
+        config.loading == "auto" and not cropped and fits_memory(len(manifest.splits[split]), size)
+    )
+    if cropped and (not files or config.loading == "memory"):
+        raise ConfigError("augment 'resized-crop' cuts from image files: leave it out here, or leave out loading=memory")
+    if files and not memory:
+        found = OnDisk(manifest, split, size, device, workers=config.workers, decode=config.decode)
+        reporter.note(f"{len(found):,} {split} images are read as they are needed, by {found.workers} decoder threads")
+        return found
+    pixels = torch.from_numpy(load_pixels(manifest, split, size, reporter, threads=config.workers))
     labels = torch.from_numpy(manifest.splits[split].labels).to(device)
     if device.type == "cuda" and pixels.numel() < torch.cuda.mem_get_info(device)[0] // 4:
         pixels = pixels.to(device)
-    return Images(pixels, labels)
+    return InMemory(pixels, labels, device)
 
 
-def channel_statistics(pixels: Tensor) -> tuple[tuple, tuple]:
-    """Mean and standard deviation a channel (of pixels in 0..1) over at most 20,000 evenly spaced images."""
-    sample = pixels[:: max(1, len(pixels) // 20_000)]
+def channel_statistics(images: Images) -> tuple[tuple, tuple]:
+    """Mean and standard deviation a channel (of pixels in 0..1) over evenly spaced images: at most 20,000, or 2,000 where
+    each is read from its file."""
+    most = 2_000 if isinstance(images, OnDisk) else 20_000
+    sample = images.rows(torch.arange(0, len(images), max(1, len(images) // most)))
     channels = [sample[:, c].double() / 255 for c in range(3)]
     mean, std = [c.mean().item() for c in channels], [max(c.std().item(), 1e-3) for c in channels]
     return tuple(round(m, 6) for m in mean), tuple(round(s, 6) for s in std)

@@ -24,17 +24,15 @@ from ..meta.weight_net import MetaWeightNet
 from ..models.classifiers import Classifier
 
 _META_DRAW, _WEIGHT_NET = 11, 12
-Read = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # (image indices [B], step) -> inputs [B, 3, S, S], targets [B]
+Read = Callable[[int], tuple[Tensor, Tensor]]  # step -> network inputs [B, 3, S, S] and targets [B], its share of the batch
 
 
-def plain_step(model: nn.Module, optimizer, loss: SoftmaxLoss, read: Read, draw: Callable[[int], Tensor], runtime: Runtime,
-               world: World) -> Callable[[int, Guard], Tensor]:  # fmt: skip
+def plain_step(model: nn.Module, optimizer, loss: SoftmaxLoss, read: Read, runtime: Runtime, world: World
+               ) -> Callable[[int, Guard], Tensor]:  # fmt: skip
     """Forward, loss, backward, SGD. B is this process's share of the batch."""
 
     def step(i: int, guard: Guard) -> Tensor:
-        with phase("input"):
-            images_B = draw(i)
-        inputs, targets_B = read(images_B, i)
+        inputs, targets_B = read(i)
         with phase("forward"):
             with runtime.autocast():
                 logits_BC = model(inputs)
@@ -56,20 +54,22 @@ def _share_of_loss(loss: SoftmaxLoss, logits_BC: Tensor, targets_B: Tensor, worl
     return losses_B.sum() / world.mean(torch.as_tensor(loss.denominator(targets_B), device=losses_B.device)).to(losses_B)
 
 
+def class_balanced(index: ClassIndex, batch_size: int, seed: int) -> Callable[[int], Tensor]:
+    """The meta batch of each step: images drawn with replacement, every class as likely as any other."""
+    edges_C = torch.ones(len(index.counts), dtype=torch.float64, device=index.counts.device).cumsum(0)
+    generator = torch.Generator(edges_C.device)
+    return lambda i: index.draw(edges_C, batch_size, generator.manual_seed(mix(seed, _META_DRAW, i)))
+
+
 def reweighted_step(config: PretrainConfig, model: Classifier, optimizer, loss: SoftmaxLoss, weigher: "Weigher", read: Read,
-                    draw: Callable[[int], Tensor], meta_read: Read, meta_index: ClassIndex, runtime: Runtime
-                    ) -> Callable[[int, Guard], Tensor]:  # fmt: skip
+                    meta_read: Read, runtime: Runtime) -> Callable[[int, Guard], Tensor]:  # fmt: skip
     """The same step on weighted examples, their weights by one look ahead."""
-    edges_C = torch.ones(len(meta_index.counts), dtype=torch.float64, device=meta_index.counts.device).cumsum(0)
-    generator, plain = torch.Generator(edges_C.device), loss.plain()
+    plain = loss.plain()
 
     def step(i: int, guard: Guard) -> Tensor:
-        with phase("input"):
-            images_B = draw(i)
-            images_M = meta_index.draw(edges_C, config.meta_batch_size, generator.manual_seed(mix(config.seed, _META_DRAW, i)))
-        inputs, targets_B = read(images_B, i)
+        inputs, targets_B = read(i)
         with runtime.autocast():
-            meta_batch = meta_read(images_M, i)
+            meta_batch = meta_read(i)
             with phase("look ahead"):
                 seen = influence(model, optimizer, loss, (inputs, targets_B), meta_batch,
                                  weights_B=weigher.at_first, meta_loss=plain, method=config.hypergradient)  # fmt: skip

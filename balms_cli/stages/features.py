@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +52,11 @@ def read_features(config: RetrainConfig, split: str, model: Classifier, parent: 
             return model.backbone(images.contiguous(memory_format=torch.channels_last))
 
     def images() -> Images:
-        return load_images(manifest, split, parent.image_size, device, reporter)
+        cropped = "resized-crop" in ops
+        return load_images(manifest, split, parent.image_size, device, reporter, config, cropped=cropped)
 
     if config.features == "online":
-        read = online_features(extract, images().pixels, mean, std, ops=ops, seed=config.seed)
+        read = online_features(extract, images(), mean, std, ops=ops, seed=config.seed)
     else:
         counts_C = torch.bincount(labels_N, minlength=len(parent.classes))
         views_N = plan_views(labels_N, counts_C, config.views, config.class_rows) if ops else torch.ones_like(labels_N)
@@ -63,8 +65,9 @@ def read_features(config: RetrainConfig, split: str, model: Classifier, parent: 
         file, rows = parent_file.parent / "features" / f"{key}.safetensors", int(views_N.sum())
         bank = _load_bank(file, views_N, parent.feature_dim)
         if world.any(bank is None, device):
-            bank = build_bank(extract, images().pixels, views_N, mean, std, ops=ops, seed=seed, batch_size=512,
-                              reporter=reporter, part=world.rows(rows))  # fmt: skip
+            with closing(images()) as source:
+                bank = build_bank(extract, source, views_N, mean, std, ops=ops, seed=seed, batch_size=512,
+                                  reporter=reporter, part=world.rows(rows))  # fmt: skip
             bank = FeatureBank(world.gather(bank.features, rows), bank.starts, bank.views)
             if world.main:
                 _keep_bank(file, bank, reporter)

@@ -1,5 +1,7 @@
 """``balms pretrain``: stage 1, representation learning. One network, one loss, one sampler, from images to a checkpoint."""
 
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import PretrainConfig, Resolved
+from ..data.feed import View, view_of
 from ..data.manifest import Manifest, now
 from ..data.samplers import ClassIndex, batches, class_law, mix, rates_law
 from ..data.transforms import augment
@@ -34,11 +37,12 @@ from .common import (
     provenance,
     total_steps,
 )
-from .end_to_end import Read, make_weigher, plain_step, reweighted_step
+from .end_to_end import Read, class_balanced, make_weigher, plain_step, reweighted_step
 from .heads import fresh_head, loss_name, training_loss, undecayed
 from .rates import read_rates
 
 _AUGMENT_STREAM, _META_STREAM = 0, 13
+_MUCH_WAITING = 0.1  # of the time
 
 
 def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, reporter: Reporter | None = None, *,
@@ -64,10 +68,12 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
         job = _job(config, begun, world)
         reporter.note(f"{config.backbone} at {config.image_size} px, {job.steps} steps of {config.batch_size} on "
                       f"{runtime.describe()}")  # fmt: skip
-        seconds = train(job, folder, runtime.device, reporter, resume=resume,
-                        checkpoint_seconds=config.checkpoint_seconds, world=world)  # fmt: skip
+        with closing(begun.images), closing(begun.meta_images):
+            seconds = train(job, folder, runtime.device, reporter, resume=resume,
+                            checkpoint_seconds=config.checkpoint_seconds, world=world)  # fmt: skip
         report = {"steps": job.steps, "seconds": round(seconds, 1), "final_loss": folder.final_loss(),
                   "images_per_second": round(job.steps * config.batch_size / max(seconds, 1e-9), 1)}  # fmt: skip
+        report |= _tell_wait(begun.images.waited(), reporter)
     if config.reweight != "none":
         report |= {"reweight": config.reweight, "meta_set": config.meta_set}
 
@@ -105,13 +111,23 @@ def profile(resolved: Resolved[PretrainConfig], manifest: Manifest, trace: Path,
     return found, begun.runtime
 
 
+def _tell_wait(share: float | None, reporter: Reporter) -> dict[str, float]:
+    """How much of the time the steps waited for their images, for the report; said where it is worth a change."""
+    if share is None:
+        return {}
+    if share > _MUCH_WAITING:
+        reporter.note(f"{100 * share:.0f} % of the time went into waiting for images: reading held the steps back. Smaller "
+                      "files, more --workers where there are more processors, or --set loading=memory")  # fmt: skip
+    return {"input_wait": round(share, 4)}
+
+
 @dataclass(frozen=True)
 class _Begun:
     """Everything that stage 1 has in hand before its first step."""
 
     runtime: Runtime
-    images: Images
-    meta_images: Images
+    images: Images | None
+    meta_images: Images | None
     rates_C: Tensor | None
     mean: tuple
     std: tuple
@@ -129,10 +145,17 @@ def _begin(config: PretrainConfig, manifest: Manifest, reporter: Reporter, offli
     held_out = config.reweight != "none" and config.meta_set == "meta"
     if held_out:
         check_meta_set(config.meta_set, manifest)
-    images = load_images(manifest, "train", config.image_size, device, reporter)
-    meta_images = load_images(manifest, "meta", config.image_size, device, reporter) if held_out else images
+
+    cropped = "resized-crop" in config.augment
+
+    def load(split: str) -> Images:
+        return load_images(manifest, split, config.image_size, device, reporter, config, cropped=cropped)
+
+    # A frozen network with a normalisation of its own needs no image here.
+    images = load("train") if mean is None or not config.frozen else None
+    meta_images = load("meta") if held_out else images
     if mean is None:
-        mean, std = channel_statistics(images.pixels)
+        mean, std = channel_statistics(images)
 
     counts_C = torch.tensor(manifest.class_counts)
     loss = training_loss(config, counts_C).to(device)
@@ -162,16 +185,21 @@ def _job(config: PretrainConfig, begun: _Begun, world: World) -> Job:
     parts = {"model": model, "optimizer": optimizer}
     mean, std = torch.tensor(begun.mean, device=device), torch.tensor(begun.std, device=device)
     model.train()
-    read = _reader(config, images, mean, std, config.batch_size, _AUGMENT_STREAM, world)
+
+    def reader(images: Images, draw: Callable[[int], Tensor], batch_size: int, stream: int) -> Read:
+        return _reader(config, images, draw, batch_size, stream, mean, std, steps, world)
+
+    read = reader(images, draw, config.batch_size, _AUGMENT_STREAM)
     if config.reweight == "none":
         shared = world.wrap(model, device, sync_batch_norm=config.sync_batch_norm)
-        step = plain_step(shared, optimizer, loss, read, draw, runtime, world)
+        step = plain_step(shared, optimizer, loss, read, runtime, world)
     else:
         weigher = make_weigher(config, device)
         parts |= weigher.parts
-        meta_read = _reader(config, begun.meta_images, mean, std, config.meta_batch_size, _META_STREAM, world)
         meta_index = ClassIndex(begun.meta_images.labels, len(model.head.weight))
-        step = reweighted_step(config, model, optimizer, loss, weigher, read, draw, meta_read, meta_index, runtime)
+        meta_draw = class_balanced(meta_index, config.meta_batch_size, config.seed)
+        meta_read = reader(begun.meta_images, meta_draw, config.meta_batch_size, _META_STREAM)
+        step = reweighted_step(config, model, optimizer, loss, weigher, read, meta_read, runtime)
 
     def told_step(i: int, guard: Guard) -> Tensor:
         loss.at_step(i, steps, config.seed)
@@ -180,21 +208,25 @@ def _job(config: PretrainConfig, begun: _Begun, world: World) -> Job:
     def schedule(i: int) -> float:
         return learning_rate(i, steps, peak=config.lr, warmup_steps=config.warmup_steps, warmup_lr=config.warmup_lr)
 
-    return Job("pretrain", steps, parts, optimizer, schedule, told_step, config.batch_size)
+    return Job("pretrain", steps, parts, optimizer, schedule, told_step, config.batch_size, extras=images.paces)
 
 
-def _reader(config: PretrainConfig, images: Images, mean: Tensor, std: Tensor, batch_size: int, stream: int, world: World
-            ) -> Read:  # fmt: skip
+def _reader(config: PretrainConfig, images: Images, draw: Callable[[int], Tensor], batch_size: int, stream: int, mean: Tensor,
+            std: Tensor, steps: int, world: World) -> Read:  # fmt: skip
     """This process's share of a batch as augmented, normalised network inputs; the view of an image is keyed by (seed,
     stream, step, place in the whole batch)."""
-    share = world.share(batch_size)
+    share, device = world.share(batch_size), mean.device
     place_B = torch.arange(batch_size)[share]
 
-    def read(images_B: Tensor, i: int) -> tuple[Tensor, Tensor]:
+    def plan(i: int) -> tuple[Tensor, View | None]:
+        return draw(i)[share], view_of(config.augment, place_B + i * batch_size, config.seed, stream)
+
+    batches = images.batches(plan, steps)
+
+    def read(i: int) -> tuple[Tensor, Tensor]:
         with phase("input"):
-            images_B = images_B[share]
-            pixels = images.pixels[images_B.to(images.pixels.device)].to(mean.device, non_blocking=True)
-            labels_B = images.labels[images_B]
+            pixels, images_B = batches(i)
+            labels_B = images.labels[images_B].to(device, non_blocking=True)
         with phase("augment"):
             inputs = augment(pixels, place_B + i * batch_size, mean, std, seed=config.seed, stream=stream, ops=config.augment)
             return inputs.contiguous(memory_format=torch.channels_last), labels_B
