@@ -2,5 +2,6 @@
 
 from .accuracy import GROUPS, SCALARS, summarise
 from .gate import Gate
+from .scores import Scores
 
-__all__ = ["GROUPS", "SCALARS", "Gate", "summarise"]
+__all__ = ["GROUPS", "SCALARS", "Gate", "Scores", "summarise"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..bound import bound_terms
@@ -17,14 +18,15 @@ from ..engine.header import Header, read_header
 from ..engine.run_dir import manifest_of
 from ..engine.runtime import Runtime, setup, versions
 from ..errors import CheckpointError, DataError, GateError
-from ..metrics import Gate, summarise
+from ..metrics import Gate, Scores, summarise
+from ..metrics.calibration import calibration
+from ..metrics.intervals import accuracy_intervals
 from ..models.classifiers import Classifier
 from ..report.scored import Scored
 from ..reporter import Reporter
 from .common import Images, check_classes, load_images
+from .evaluate_show import percent, show, show_bound
 from .prior import adjustment
-
-_SHOWN = 30
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, rep
         adjustment(config, header)
     cache = _Cache(config, runtime, reporter, world)
     scored = [
-        _score(config, file, manifest, runtime, cache, reporter) for file, manifest in zip(files, manifests, strict=True)
+        _score(config, file, manifest, manifests[0].classes, runtime, cache, reporter)
+        for file, manifest in zip(files, manifests, strict=True)
     ]
     results = [one.result for one in scored]
     show(results, reporter)
@@ -88,8 +91,8 @@ def hold_gate(config: EvaluateConfig, evaluation: Evaluation) -> None:
             raise GateError(f"--require {gate} is not met: {gate.metric} is {result[gate.metric]:.4f} ({result['run']})")
 
 
-def _score(config: EvaluateConfig, file: Path, manifest: Manifest, runtime, cache: "_Cache", reporter: Reporter
-           ) -> Scored:  # fmt: skip
+def _score(config: EvaluateConfig, file: Path, manifest: Manifest, classes: list[str], runtime, cache: "_Cache",
+           reporter: Reporter) -> Scored:  # fmt: skip
     model, header = load_model(file)
     logits_NC, labels_N = cache.logits(model, header, manifest, config.split, file.parent.name)
     shift_C = adjustment(config, header)
@@ -98,19 +101,26 @@ def _score(config: EvaluateConfig, file: Path, manifest: Manifest, runtime, cach
         if not header.prior_exact:
             reporter.warn(f"{file.parent.name}: {header.classifier} with {header.loss} leaves no exact prior in its logits; "
                           "re-scored as if it were that of its training law")  # fmt: skip
-    # Classes are matched by name: columns into the manifest's order, whatever order the checkpoint has.
-    order = [header.classes.index(name) for name in manifest.classes]
+    # Classes are matched by name: columns and labels into the order of ``classes``, whatever the checkpoint's and the data's.
+    order = [header.classes.index(name) for name in classes]
     counts = [header.class_counts[c] for c in order]
-    scores_NC, truth_N = logits_NC[:, order].numpy(), labels_N.numpy()
-    result = summarise(scores_NC, truth_N, manifest.classes, counts)
+    truth_N = np.array([classes.index(name) for name in manifest.classes])[labels_N.numpy()]
+    try:
+        scores = Scores.of(logits_NC[:, order].numpy(), truth_N)
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be scored: {error}; its weights are damaged, repeat the run") from None
+    result = summarise(scores, truth_N, classes, counts)
+    one = Scored(file.parent, header, manifest, config.split, classes, scores, truth_N, counts, result)
+    result |= _statistics(one)
     if shift_C is not None:
         result |= {"target_prior": config.target_prior or "uniform", "prior_exact": header.prior_exact,
                    "posthoc_tau": 1.0 if config.posthoc_tau is None else config.posthoc_tau}  # fmt: skip
     if config.bound:
         train_NC, train_N = cache.logits(model, header, manifest, "train", file.parent.name)
-        losses_N = torch.nn.functional.cross_entropy(train_NC[:, order].double(), train_N, reduction="none")
-        result["bound"] = bound_terms(losses_N.numpy(), train_N.numpy(), counts, total=config.bound_beta,
-                                      delta=config.bound_delta)  # fmt: skip
+        own = [header.classes.index(name) for name in manifest.classes]
+        losses_N = torch.nn.functional.cross_entropy(train_NC[:, own].double(), train_N, reduction="none")
+        result["bound"] = bound_terms(losses_N.numpy(), train_N.numpy(), [header.class_counts[c] for c in own],
+                                      total=config.bound_beta, delta=config.bound_delta)  # fmt: skip
         result["bound"]["classes"] = manifest.classes
     result |= {
         "run": str(file.parent), "stage": header.stage, "classifier": header.classifier, "loss": header.loss,
@@ -118,7 +128,14 @@ def _score(config: EvaluateConfig, file: Path, manifest: Manifest, runtime, cach
         "data": header.data, "manifest_sha256": manifest.sha256, "device": runtime.describe(), "versions": versions(),
         "date": now()[:10],
     }  # fmt: skip
-    return Scored(file.parent, header, manifest, config.split, scores_NC, truth_N, counts, result)
+    return one
+
+
+def _statistics(one: Scored) -> dict[str, Any]:
+    """Intervals of the scalar metrics, and the expected calibration error."""
+    found = accuracy_intervals(one.counts_C, one.tested_C, one.per_class(one.right_N), one.per_class(one.right5_N))
+    return {"intervals": {metric: bounds and list(bounds[1:]) for metric, bounds in found.items()},
+            "ece": calibration(one.scores.confidence_N, one.right_N)["ece"]}  # fmt: skip
 
 
 class _Cache:
@@ -136,7 +153,8 @@ class _Cache:
         key = (manifest.path, split, header.image_size)
         if self.images[0] != key:
             self.images = (None, None)  # one split in memory at a time
-            self.images = (key, load_images(manifest, split, header.image_size, torch.device("cpu"), self.reporter))
+            size, cpu = header.image_size, torch.device("cpu")
+            self.images = (key, load_images(manifest, split, size, cpu, self.reporter, self.config))
         images = self.images[1]
         key = (*key, header.mean, header.std, _fingerprint(model.backbone))
         if self.features[0] != key:
@@ -153,9 +171,9 @@ class _Cache:
                 return backbone(batch.contiguous(memory_format=torch.channels_last))
 
         mean, std = (torch.tensor(v, device=device) for v in (header.mean, header.std))
-        part = images.pixels[self.world.rows(len(images.pixels))]
-        rows = extract_all(features, part, mean, std, batch_size=self.config.batch_size, reporter=self.reporter, what=name)
-        return self.world.gather(rows, len(images.pixels))
+        rows = extract_all(features, images, mean, std, batch_size=self.config.batch_size, reporter=self.reporter, what=name,
+                           part=self.world.rows(len(images)))  # fmt: skip
+        return self.world.gather(rows, len(images))
 
 
 def _fingerprint(module: torch.nn.Module) -> str:
@@ -165,47 +183,3 @@ def _fingerprint(module: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def percent(value: float | None) -> str:
-    """How an accuracy is shown: percent with one decimal, an en dash for an empty group."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def show_bound(result: dict[str, Any], reporter: Reporter) -> None:
-    """The terms of the bound, class by class, and what they are not."""
-    bound = result["bound"]
-    columns = ["class", "n", "margin gamma*", "loss margin 5 %", "median", "error", "error at gamma*", "complexity", "epsilon"]
-
-    def cells(name: str, n: str, row: dict[str, Any]) -> list[str]:
-        quantiles = row["margin_quantiles"]
-        numbers = [row["gamma"], quantiles["q5"], quantiles["q50"], row["error"], row["margin_error"], row["complexity"],
-                   row["epsilon"]]  # fmt: skip
-        return [name, n, *("–" if v is None else f"{v:.3f}" for v in numbers)]
-
-    rows = [cells(name, str(row["n"]), row) for name, row in zip(bound["classes"], bound["per_class"], strict=True)]
-    half = _SHOWN // 2
-    shown = rows if len(rows) <= _SHOWN else [*rows[:half], ["..."] + [""] * 8, *rows[-half:]]
-    title = f"{Path(result['run']).name}: terms of the bound on {bound['images']} training images, t = {bound['threshold']:.3f}"
-    reporter.table(title, columns, [*shown, cells("mean", "", bound["mean"])])
-    reporter.note(f"complexity: relative to sqrt(C(F)); margins gamma* make its sum {bound['complexity_ratio']:.3f} of that "
-                  f"of equal margins. B in epsilon: {bound['loss_range']:.2f} ({bound['loss_range_source']}). "
-                  f"{bound['note']}")  # fmt: skip
-
-
-def show(results: list[dict[str, Any]], reporter: Reporter) -> None:
-    """One table over the runs; for a single run, its classes too."""
-    columns = ["run", "top-1", "top-5", "balanced", "many", "medium", "few", "rarest 3"]
-    keys = ["top1", "top5", "balanced_accuracy", "many", "medium", "few", "rarest3"]
-    first = results[0]
-    title = f"{first['data']['name']}, {first['split']} split, {first['images']} images, accuracy %"
-    if "target_prior" in first:
-        title += f", re-scored for the {first['target_prior']} prior (tau {first['posthoc_tau']:g})"
-    reporter.table(title, columns, [[Path(r["run"]).name, *(percent(r[k]) for k in keys)] for r in results])
-    if len(results) == 1:
-        rows = sorted(first["per_class"], key=lambda c: -c["train_count"])
-        half = _SHOWN // 2
-        shown = rows if len(rows) <= _SHOWN else [*rows[:half], None, *rows[-half:]]
-        reporter.table("class by class", ["class", "training images", "test images", "accuracy"],
-                       [["...", "", "", ""] if c is None else [c["name"], str(c["train_count"]), str(c["test_count"]),
-                        percent(c["accuracy"])] for c in shown])  # fmt: skip
