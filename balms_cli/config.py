@@ -10,10 +10,10 @@ import difflib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError
 
@@ -24,10 +24,14 @@ LossName = Literal[
 LOSSES = get_args(LossName)
 CLASSIFIERS = ("auto", "linear", "cosine", "lws", "tau-norm", "ncm")
 REWEIGHTERS = ("none", "l2rw", "meta-weight-net")
+EXPORTS = ("onnx", "torch", "safetensors")
 SAMPLERS = ("instance", "class", "square-root", "progressive")
 Estimator = Literal["class", "image", "expected"]
 Hypergradient = Literal["auto", "closed-form", "jvp", "higher"]
 MetaSet = Literal["train", "meta"]
+# "on" and "off" may also be said as true and false, as older runs do.
+Compile = Annotated[Literal["off", "on", "cuda-graphs"],
+                    BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)]  # fmt: skip
 Augmentation = Literal["resized-crop", "crop", "flip", "autoaugment", "cutout"]
 
 
@@ -96,6 +100,7 @@ class TrainConfig(RunConfig):
     drw: bool = Field(False, description="deferred re-weighting: effective-number class weights late in training")
     drw_start: float = Field(0.8, ge=0, le=1, description="drw: share of the steps after which the weights act")
     checkpoint_seconds: float = Field(60.0, gt=0, description="seconds between writes of resume.pt")
+    tensorboard: bool = Field(False, description="write TensorBoard event files beside metrics.jsonl (extra 'tensorboard')")
     deterministic: bool = Field(False, description="deterministic algorithms (always so on a CPU)")
 
     @property
@@ -128,7 +133,9 @@ class PretrainConfig(TrainConfig):
     frozen: bool = Field(False, description="take the backbone as it is: nothing is trained in stage 1")
     image_size: int = Field(32, ge=8, le=1024, description="pixels a side fed to the network")
     augment: list[Augmentation] = Field(["crop", "flip", "cutout"], description="training augmentation, applied in this order")
-    compile: bool = Field(False, description="torch.compile the backbone (about a minute of start-up)")
+    compile: Compile = Field(
+        "off", description="torch.compile the backbone (on; about a minute of start-up), on a GPU also as CUDA graphs (cuda-graphs)"
+    )
     sync_batch_norm: bool = Field(False, description="several GPUs: BatchNorm statistics over all of them")
     classifier: Literal["auto", "linear", "cosine"] = Field(
         "auto", description="head: linear or cosine (auto: cosine for ldam)"
@@ -147,6 +154,8 @@ class PretrainConfig(TrainConfig):
     def _check_reweight(self) -> "PretrainConfig":
         if self.reweight != "none" and self.frozen:
             raise ValueError("--frozen trains nothing in stage 1, so there is nothing to reweight")
+        if self.reweight != "none" and self.compile != "off":
+            raise ValueError("--reweight differentiates through the plain network: leave out compile")
         return self
 
 
@@ -204,7 +213,7 @@ class EvaluateConfig(RunConfig):
 
     split: Literal["test", "val", "train"] = Field("test", description="which split is scored")
     batch_size: int = Field(512, ge=1, description="images a forward pass")
-    require: str | None = Field(None, description="a gate such as 'few>=0.30': exit 6 where it is not met")
+    require: list[str] = Field([], description="gates such as 'few>=0.30' or 'ece<=5%', all to be met: else exit 6")
     target_prior: str | None = Field(
         None, description="re-score for this class prior: uniform, train, reversed, or a JSON file of {class: share}"
     )
@@ -215,10 +224,58 @@ class EvaluateConfig(RunConfig):
     bound_beta: float = Field(1.0, gt=0, description="bound: what the margins of all classes add up to (eq 31), in nats")
     bound_delta: float = Field(0.05, gt=0, lt=1, description="bound: chance of failure, shared by the classes (eq 29)")
 
+    @field_validator("require", mode="before")
+    @classmethod
+    def _one_gate_is_a_list_of_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class PredictConfig(RunConfig):
+    """``balms predict``: classes and scores of images without labels."""
+
+    batch_size: int = Field(64, ge=1, le=65536, description="images a forward pass")
+    top_k: int = Field(5, ge=1, description="classes named for an image, the likeliest first")
+    calibrate: bool = Field(True, description="scale the scores by a temperature, where the run's data has a validation split")
+    target_prior: str | None = Field(
+        None, description="re-score for this class prior: uniform, train, reversed, or a JSON file of {class: share}"
+    )
+    posthoc_tau: float | None = Field(
+        None, ge=0, le=10, description="post-hoc logit adjustment: this times (log target prior - log implied prior)"
+    )
+    decode: Literal["cpu"] = Field("cpu", description="who decodes JPEG files: here always the processor")
+
+
+class ExportConfig(StageConfig):
+    """``balms export``: the network in another format, on the CPU in float32."""
+
+    to: Literal["onnx", "torch", "safetensors"] = Field("onnx", description="onnx, torch (torch.export) or safetensors")
+    images: int = Field(64, ge=1, le=10_000, description="images that the exported model is checked on")
+    tolerance: float = Field(
+        1e-4, gt=0, le=1, description="largest difference let pass: of logits relative to the image's largest over 1"
+    )
+    target_prior: str | None = Field(
+        None, description="bake in this class prior: uniform, train, reversed, or a JSON file of {class: share}"
+    )
+    posthoc_tau: float | None = Field(
+        None, ge=0, le=10, description="post-hoc logit adjustment: this times (log target prior - log implied prior)"
+    )
+    workers: int | None = Field(None, ge=0, le=256, description="decoder threads (default: one a processor, 8 at most)")
+
+
+class AuditConfig(StageConfig):
+    """``balms audit``: a data set looked at before anything is made of it."""
+
+    data: str = Field("digits", description="cifar10, cifar100, digits, a folder, a list file, or a manifest")
+    decode: bool = Field(True, description="read every image in full; else files are listed and their status looked at")
+    hashes: bool | None = Field(None, description="look for files with the same content (default: where images are decoded)")
+    workers: int | None = Field(None, ge=0, le=256, description="threads (default: one a processor, 8 at most)")
+    data_root: str | None = Field(None, description="where known data sets lie on disk (else BALMS_DATA, else the cache)")
+    offline: bool = Field(False, description="never download")
+
 
 STAGES: dict[str, type[StageConfig]] = {
-    "make-lt": MakeLTConfig, "pretrain": PretrainConfig, "retrain": RetrainConfig,
-    "meta-sample": MetaSampleConfig, "evaluate": EvaluateConfig,
+    "make-lt": MakeLTConfig, "audit": AuditConfig, "pretrain": PretrainConfig, "retrain": RetrainConfig,
+    "meta-sample": MetaSampleConfig, "evaluate": EvaluateConfig, "predict": PredictConfig, "export": ExportConfig,
 }  # fmt: skip
 
 C = TypeVar("C", bound=StageConfig)

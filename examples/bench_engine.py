@@ -13,10 +13,11 @@ had ready goes into its warm-up, and no epoch ends. Peak memory is what torch al
 is there before it; that of workers and what they hand over are not in it.
 
     python examples/bench_engine.py [DATA_ROOT] [--json] [--out FILE] [--device auto] [--threads N] [--steps N] [--rounds 5]
-                                    [--nets resnet32,resnet50] [--full]
+                                    [--nets resnet32,resnet50] [--compile off|on|cuda-graphs] [--full]
 
 Without DATA_ROOT (a folder with cifar100.zip or cifar10.zip) ResNet-32 sees random images and the result says so. ``--full``
 (GPU, cifar100) also takes the time of ``balms pretrain`` as a whole: 13,000 steps of 512 on CIFAR-100-LT IF 200.
+``--compile`` is that of ``balms pretrain``: for (a) and (c), compiled before the clock starts.
 """
 
 import copy
@@ -214,7 +215,7 @@ def peak_of_a_step(side: Side, device: torch.device) -> int:
     return most
 
 
-def measure(net: str, data_root: Path | None, device: str, steps: int | None, rounds: int) -> dict:
+def measure(net: str, data_root: Path | None, device: str, steps: int | None, rounds: int, compile: str) -> dict:
     """Images a second and peak bytes of every side, and what they were measured on."""
     plan, kind = PLAN[net], "cuda" if pick_device(device).type == "cuda" else "cpu"
     steps, batch = steps or plan["steps"][kind], plan["batch"][kind]
@@ -226,6 +227,8 @@ def measure(net: str, data_root: Path | None, device: str, steps: int | None, ro
         begun = pretrain._begin(config, manifest, Reporter(), True)
         where = begun.runtime.device
         fresh = [replace(begun, model=copy.deepcopy(begun.model)) for _ in SIDES]  # all start from the same weights
+        pretrain.compile_backbone(fresh[0].model, compile)
+        pretrain.compile_backbone(fresh[2].model, compile)
         sides = {"a": stage_side(config, fresh[0]), "c": alone_side(config, fresh[2]),
                  "b": usual_side(config, fresh[1], Pictures(net, begun, manifest), workers)}  # fmt: skip
         memory = {side: peak_of_a_step(turn, where) for side, turn in sides.items()}
@@ -256,6 +259,7 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Steps of a side in a round (default: by network, device).", min=1)] = None,
     rounds: Annotated[int, typer.Option(help="Rounds; the median of each side counts.", min=1)] = 5,
     nets: Annotated[str, typer.Option(help="Which networks: resnet32,resnet50.")] = "resnet32,resnet50",
+    compile: Annotated[str, typer.Option(help="Of (a) and (c): off, on, or cuda-graphs.")] = "off",
     full: Annotated[bool, typer.Option("--full", help="GPU: also all 13,000 iterations of preset paper.")] = False,
 ):
     warnings.simplefilter("ignore")
@@ -271,7 +275,7 @@ def main(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     whole = {"full": full_run(data_root, device)} if full else {}  # first, so that missing data is told at once
-    found = {net: measure(net, data_root, device, steps, rounds) for net in chosen}
+    found = {net: measure(net, data_root, device, steps, rounds, compile) for net in chosen}
 
     rates = {f"{n} {s}": f["rates"][s] for n, f in found.items() for s in SIDES}
     median = {name: statistics.median(of_rounds) for name, of_rounds in rates.items()}
@@ -289,7 +293,8 @@ def main(
         "device": torch.cuda.get_device_name(where) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
         "threads": torch.get_num_threads(), "versions": versions(), "date": date.today().isoformat(),
         "command": f"python examples/bench_engine.py {'DATA_ROOT ' if data_root else ''}--device {where} --nets {nets}"
-        + (f" --threads {threads}" if threads else "") + (" --full" if full else ""),
+        + (f" --threads {threads}" if threads else "") + (f" --compile {compile}" if compile != "off" else "")
+        + (" --full" if full else ""), "compile": compile,
         **whole,
     }  # fmt: skip
     if out:

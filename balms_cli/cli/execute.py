@@ -99,8 +99,10 @@ def _train(stage: str, params: Params, world) -> None:
     resolved = resolve_params(stage, params, presets.kind_of_data(manifest.source["name"], tuple(manifest.image_size)))
     if params["print_config"]:
         return print_result(resolved.to_toml().rstrip())
+    from ..engine.tensorboard import require_tensorboard
     from ..stages.plan import run_label, show_plan
 
+    require_tensorboard(resolved.config)
     if params.get("profile"):
         return _profile(resolved, manifest, run_label(resolved, manifest), reporter, params)
     folder = new_run(stage, run_label(resolved, manifest), workspace=params["workspace"], out=params["out"],
@@ -144,7 +146,7 @@ def _restarted(params: Params) -> Params | None:
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if not again or params["out"] is None or not (params["out"] / CONFIG).is_file():
         return None
-    kept = ("workspace", "quiet", "json", "debug", "offline", "workers")
+    kept = ("workspace", "quiet", "json", "debug", "offline", "workers", "tensorboard")
     return {k: v if k in kept else None for k, v in params.items()} | {"resume": params["out"]}
 
 
@@ -157,13 +159,14 @@ def _agreed(folder, world):
 
 def _resume(stage: str, params: Params, reporter, world) -> None:
     """Everything comes from the run's own folder, so any other training option is refused; the number of decoder threads
-    changes nothing of what is trained."""
+    and event files change nothing of what is trained."""
     from ..config import STAGES
     from ..data.manifest import Manifest
     from ..engine.run_dir import check_unchanged, open_run
     from ..errors import ConfigError
 
-    names = (*(k for k in STAGES[stage].model_fields if k != "workers"), "config", "preset", "out", "data", "run")
+    free = ("workers", "tensorboard")
+    names = (*(k for k in STAGES[stage].model_fields if k not in free), "config", "preset", "out", "data", "run")
     given = [k for k in names if params.get(k) is not None]
     given += [k for k in ("sets", "overwrite", "dry_run", "print_config") if params.get(k)]
     if given:
@@ -180,7 +183,7 @@ def _resume(stage: str, params: Params, reporter, world) -> None:
     parent = Path(record["parent"]) if "parent" in record else None
     check_unchanged(folder, record, manifest, parent)
     update = {"device": record["device"], "precision": record["precision"]}
-    update |= {"workers": params["workers"]} if params.get("workers") is not None else {}
+    update |= {k: params[k] for k in free if params.get(k) is not None}
     config = resolved.config.model_copy(update=update)
     resolved = type(resolved)(stage, config, resolved.sources, resolved.preset)
     return _run(stage, resolved, manifest, parent, folder, reporter, params, world, resume=True)

@@ -11,7 +11,7 @@ from ..config import CLASSIFIERS, LOSSES, REWEIGHTERS, SAMPLERS
 _OUTPUT, _RECIPE, _RUN = "Output", "Recipe", "Run"
 
 
-def _complete(*words: str):
+def complete(*words: str):
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
@@ -35,6 +35,8 @@ Debug = Annotated[
 ]
 Profile = Annotated[bool, Option("--profile", help="Take a few steps, show where their time goes, write a trace (Chrome, "
                                  "Perfetto) and no run.", rich_help_panel=_OUTPUT)]  # fmt: skip
+Tensorboard = Annotated[bool | None, Option("--tensorboard", help="Write RUN/tensorboard too: the numbers of metrics.jsonl "
+                                            "as event files.", rich_help_panel=_OUTPUT)]  # fmt: skip
 DryRun = Annotated[bool, Option("--dry-run", help="Check everything, print the plan, write nothing.", rich_help_panel=_OUTPUT)]
 
 ConfigFile = Annotated[Path | None, Option("--config", help="TOML file with a table for this stage.", rich_help_panel=_RECIPE)]
@@ -43,30 +45,30 @@ Sets = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="An
 PrintConfig = Annotated[bool, Option("--print-config", help="Print the resolved configuration as TOML and stop.",
                                      rich_help_panel=_RECIPE)]  # fmt: skip
 Preset = Annotated[str | None, Option(help="quick, paper or general (default: quick on a CPU).",
-                                      autocompletion=_complete("quick", "paper", "general"),
+                                      autocompletion=complete("quick", "paper", "general"),
                                       rich_help_panel=_RECIPE)]  # fmt: skip
 Seed = Annotated[int | None, Option(help="Seed of everything random (default 0).", rich_help_panel=_RECIPE)]
 Steps = Annotated[int | None, Option(help="Optimizer steps.", rich_help_panel=_RECIPE)]
 Epochs = Annotated[float | None, Option(help="Passes over the training images (instead of --steps).", rich_help_panel=_RECIPE)]
 BatchSize = Annotated[int | None, Option(help="Images a step.", rich_help_panel=_RECIPE)]
 Lr = Annotated[float | None, Option(help="Peak learning rate.", rich_help_panel=_RECIPE)]
-Loss = Annotated[str | None, Option(help=f"Training loss: {', '.join(LOSSES)}.", autocompletion=_complete(*LOSSES))]
+Loss = Annotated[str | None, Option(help=f"Training loss: {', '.join(LOSSES)}.", autocompletion=complete(*LOSSES))]
 LossExponent = Annotated[float | None, Option(help="tau of balanced and logit-adjusted: logits + tau log n (default 1); "
                                               "of cost-sensitive: 1/n^tau.")]  # fmt: skip
 Drw = Annotated[bool | None, Option("--drw", help="Deferred re-weighting: class weights for the last fifth of the steps.")]
 Classifier = Annotated[str | None, Option(help="linear (cRT), cosine, lws, tau-norm or ncm (default: a fresh linear layer; "
-                                          "cosine for ldam).", autocompletion=_complete(*CLASSIFIERS))]  # fmt: skip
+                                          "cosine for ldam).", autocompletion=complete(*CLASSIFIERS))]  # fmt: skip
 Head = Annotated[str | None, Option("--classifier", help="linear or cosine (default: linear; cosine for ldam).",
-                                    autocompletion=_complete("linear", "cosine"))]  # fmt: skip
+                                    autocompletion=complete("linear", "cosine"))]  # fmt: skip
 TauNorm = Annotated[float | None, Option(help="Exponent of --classifier tau-norm (default: best on the validation split).")]
 Reweight = Annotated[str | None, Option(help="Learn a weight for each example: l2rw or meta-weight-net (4 to 5 times slower).",
-                                        autocompletion=_complete(*REWEIGHTERS))]  # fmt: skip
+                                        autocompletion=complete(*REWEIGHTERS))]  # fmt: skip
 Sampler = Annotated[str | None, Option(help="instance, class (CBS), square-root, progressive, or a rates.json.",
-                                       autocompletion=_complete(*SAMPLERS))]  # fmt: skip
+                                       autocompletion=complete(*SAMPLERS))]  # fmt: skip
 
-Device = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 ...", autocompletion=_complete("auto", "cpu", "cuda"),
+Device = Annotated[str | None, Option(help="auto, cpu, cuda, cuda:1 ...", autocompletion=complete("auto", "cpu", "cuda"),
                                       rich_help_panel=_RUN)]  # fmt: skip
-Precision = Annotated[str | None, Option(help="auto, fp32 or bf16.", autocompletion=_complete("auto", "fp32", "bf16"),
+Precision = Annotated[str | None, Option(help="auto, fp32 or bf16.", autocompletion=complete("auto", "fp32", "bf16"),
                                          rich_help_panel=_RUN)]  # fmt: skip
 Workers = Annotated[int | None, Option(min=0, help="Decoder threads (default: one a processor, 8 at most).",
                                        rich_help_panel=_RUN)]  # fmt: skip
@@ -79,10 +81,10 @@ Checkpoint = Annotated[str | None, Argument(metavar="RUN", help="A run's folder 
 Data = Annotated[Path | None, Option(help="Another manifest than the checkpoint's own.")]
 
 MetaEstimator = Annotated[str | None, Option(help="class (B x C), image (the text's own, B x N) or expected.",
-                                             autocompletion=_complete("class", "image", "expected"))]  # fmt: skip
+                                             autocompletion=complete("class", "image", "expected"))]  # fmt: skip
 GumbelTemperature = Annotated[float | None, Option(help="Temperature of the relaxed draw (default 1).")]
 Hypergradient = Annotated[str | None, Option(help="auto, closed-form, jvp or higher: the same number at another cost.",
-                                             autocompletion=_complete("auto", "closed-form", "jvp", "higher"))]  # fmt: skip
+                                             autocompletion=complete("auto", "closed-form", "jvp", "higher"))]  # fmt: skip
 MetaSet = Annotated[str | None, Option(help="Where meta images come from: train, or the held-out meta split.")]
 FeatureMode = Annotated[str | None, Option("--features", help="bank (computed once) or online (anew every step).")]
 Views = Annotated[int | None, Option(help="Augmented views of every image in the feature bank.")]

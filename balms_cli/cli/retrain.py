@@ -44,6 +44,7 @@ def command(
     workspace: o.Workspace = Path("balms-runs"),
     out: o.Out = None,
     overwrite: o.Overwrite = False,
+    tensorboard: o.Tensorboard = None,
     dry_run: o.DryRun = False,
     json: o.Json = False,
     quiet: o.Quiet = False,

@@ -84,7 +84,8 @@ class World:
         return torch.cat([p[: s.stop - s.start].to(part.device) for p, s in zip(parts, shapes, strict=True)])
 
     def wrap(self, model: nn.Module, device: torch.device, *, sync_batch_norm: bool = False) -> nn.Module:
-        """``model`` with its gradients averaged over the processes, in backward."""
+        """``model`` with its gradients averaged over the processes, in backward; ``sync_batch_norm``: BatchNorm statistics over
+        all of them too (between GPUs only)."""
         if self.size == 1:
             return model
         if sync_batch_norm:

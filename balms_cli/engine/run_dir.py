@@ -10,9 +10,9 @@ import os
 import shlex
 import shutil
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..config import STAGES, Resolved, resolve
 from ..data.aside import remove_half_written, replace_file, write_error
@@ -22,16 +22,20 @@ from .header import Header, read_header, sha256_of
 
 MODEL, RATES, CONFIG, METRICS, RESUME, REPORT = (
     "model.safetensors", "rates.json", "config.toml", "metrics.jsonl", "resume.pt", "report.json")  # fmt: skip
+EVENTS, EXPORT = "tensorboard", "export"  # folders: event files, and where exported models go by default
+CARD, TEMPERATURE = "MODEL_CARD.md", "temperature.json"  # for people; what predict found on the validation split
 
 
 class RunDir:
     """One run's folder. Made by ``create``, or opened to go on with.
 
     ``writes``: of several processes that share a run, one writes; in the others every writing method does nothing.
+    ``watch``: is handed each record after it is in ``metrics.jsonl``.
     """
 
     def __init__(self, path: Path, writes: bool = True):
         self.path, self.writes = path, writes
+        self.watch: Callable[[dict[str, Any]], None] | None = None
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -60,6 +64,8 @@ class RunDir:
         try:
             with (self / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            if self.watch is not None:
+                self.watch(record)
         except OSError as error:
             raise write_error(error, self.path) from None
 
@@ -113,9 +119,10 @@ def clear_run(run: RunDir) -> None:
     """Take away what an earlier run wrote here (``--overwrite``); the completeness mark goes first."""
     if not run.writes:
         return
-    for name in (MODEL, RATES, RESUME, REPORT, METRICS, CONFIG):
+    for name in (MODEL, RATES, RESUME, REPORT, METRICS, CONFIG, CARD, TEMPERATURE):
         (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / "features", ignore_errors=True)
+    for name in ("features", EVENTS, EXPORT):
+        shutil.rmtree(run / name, ignore_errors=True)
 
 
 def open_run(path: Path, stage: str) -> tuple[RunDir, Resolved, dict[str, Any]]:
@@ -134,7 +141,9 @@ def open_run(path: Path, stage: str) -> tuple[RunDir, Resolved, dict[str, Any]]:
         raise CheckpointError(f"{path} holds a run of {found}: use 'balms {found} --resume {path}'") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CheckpointError(f"{path / CONFIG} cannot be read: {error}") from None
-    values = {k: values.get(k) for k in STAGES[stage].model_fields}  # TOML has no null: what is absent was None
+    # TOML has no null: what is absent was None, or is an option that the run's own version did not have yet.
+    may_be_none = {k for k, field in STAGES[stage].model_fields.items() if type(None) in get_args(field.annotation)}
+    values = {k: values.get(k) for k in STAGES[stage].model_fields if k in values or k in may_be_none}
     config = resolve(stage, flags=values).config
     return RunDir(path), Resolved(stage, config, dict(sources), document.get("preset")), run
 

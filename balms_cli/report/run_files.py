@@ -5,6 +5,7 @@ not there, and the report does without it.
 """
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from ..engine.header import Header, read_header, sha256_of
 from ..engine.run_dir import CONFIG, METRICS, MODEL, RATES
 from ..errors import BalmsError
 
-_MAX_BYTES = 50_000_000
+_MAX_BYTES = {CONFIG: 500_000, METRICS: 50_000_000, RATES: 5_000_000}  # each many times what balms writes
+# What reading such a file raises where it is not what it should be; deep nesting and 1e999 for a step included.
+_NOT_OURS = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 _MOST_POINTS = 500  # of a curve: more than a figure is wide
 
 
@@ -21,7 +24,7 @@ def read_config(run: Path) -> dict[str, Any]:
     """The content of ``config.toml``; empty where there is none that can be read."""
     try:
         return tomllib.loads(_read(run / CONFIG))
-    except (OSError, ValueError):
+    except _NOT_OURS:
         return {}
 
 
@@ -34,7 +37,7 @@ def parent_of(run: Path, header: Header) -> tuple[Path, Header] | None:
         try:
             if file.is_file() and sha256_of(file) == header.parent_sha256:
                 return file.parent, read_header(file)
-        except (OSError, ValueError, BalmsError):
+        except (*_NOT_OURS, BalmsError):
             continue
     return None
 
@@ -44,7 +47,7 @@ def curves(run: Path, stage: str) -> dict[str, Any] | None:
     try:
         lines = [json.loads(line) for line in _read(run / METRICS).splitlines()]
         points = [(int(p["step"]), float(p["loss"]), float(p["lr"])) for p in lines]
-    except (OSError, ValueError, KeyError, TypeError):
+    except _NOT_OURS:
         return None
     stride = -(-len(points) // _MOST_POINTS) or 1
     points = points[::-1][::stride][::-1]
@@ -59,7 +62,9 @@ def learned_rates(run: Path, header: Header, classes: list[str]) -> dict[str, An
     try:
         document = json.loads(_read(run / RATES))
         values = [float(document["rates"][name]) for name in classes]
-    except (OSError, ValueError, KeyError, TypeError):
+    except _NOT_OURS:
+        return None
+    if not all(map(math.isfinite, values)):
         return None
     mean = sum(values) / len(values)
     return {"kind": "class weights" if "reweigher" in header.sampler else "sample rates", "values": values,
@@ -91,8 +96,8 @@ def provenance(run: Path, header: Header) -> dict[str, Any]:
 
 
 def _read(path: Path) -> str:
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{path} is too large")
+    if not path.is_file() or path.stat().st_size > _MAX_BYTES[path.name]:
+        raise ValueError(f"{path} is no file, or too large")
     return path.read_text(encoding="utf-8")
 
 

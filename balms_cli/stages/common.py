@@ -10,15 +10,18 @@ from typing import Any
 import torch
 
 from ..config import RunConfig, TrainConfig
+from ..data.aside import replace_file
 from ..data.feed import Images, InMemory, OnDisk
 from ..data.images import fits_memory, load_pixels
 from ..data.manifest import Manifest
 from ..engine.checkpoint import save_model
 from ..engine.header import Header
-from ..engine.run_dir import MODEL, REPORT, RunDir
+from ..engine.run_dir import CARD, MODEL, REPORT, RunDir
 from ..engine.runtime import Runtime, versions
 from ..errors import CheckpointError, ConfigError
 from ..models.classifiers import Classifier
+from ..report import run_files
+from ..report.card import model_card
 from ..reporter import Reporter
 
 
@@ -101,12 +104,20 @@ def data_summary(manifest: Manifest) -> dict[str, Any]:
             "imbalance_factor": manifest.imbalance_factor}  # fmt: skip
 
 
-def finish(run: RunDir, model: Classifier, header: Header, report: dict[str, Any], runtime: Runtime) -> RunResult:
-    """Write the report and, last of all, the model, whose presence means that the run is complete."""
+def finish(run: RunDir, model: Classifier, header: Header, manifest: Manifest, report: dict[str, Any], runtime: Runtime
+           ) -> RunResult:  # fmt: skip
+    """Write the report, the model card and, last of all, the model, whose presence means that the run is complete."""
     report = {"stage": header.stage, "loss": header.loss, "sampler": header.sampler, "data": header.data,
               "manifest_sha256": header.manifest_sha256, "seed": header.recipe["seed"], **report,
               "device": runtime.describe(), "versions": versions()}  # fmt: skip
     run.write_json(REPORT, report)
     if run.writes:
+        replace_file(run / CARD, _card(run.path, model, header, manifest, report))
         save_model(run / MODEL, model, header)
     return RunResult(run.path, report)
+
+
+def _card(run: Path, model: Classifier, header: Header, manifest: Manifest, report: dict[str, Any]) -> str:
+    parent = run_files.parent_of(run, header)
+    return model_card(header, report, run_files.recipe(run, header), run_files.provenance(run, header), manifest,
+                      sum(p.numel() for p in model.parameters()), parent and parent[1])  # fmt: skip

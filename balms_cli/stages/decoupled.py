@@ -24,6 +24,7 @@ from ..engine.loop import Job, train
 from ..engine.optim import Guard, learning_rate, make_sgd
 from ..engine.run_dir import RunDir
 from ..engine.runtime import Runtime, one_thread
+from ..engine.tensorboard import event_files
 from ..meta.influence import influence
 from ..meta.reweigher import MetaReweigher
 from ..meta.sampler import MetaSampler
@@ -105,8 +106,10 @@ def fit_head(config: RetrainConfig, stage: str, model: Classifier, parent: Heade
         return learning_rate(i, steps, peak=config.lr, warmup_steps=config.warmup_steps, warmup_lr=config.warmup_lr)
 
     job = Job(stage, steps, parts, optimizer, schedule, told_step, config.batch_size, extras=_extras(learner))
-    with one_thread(device):
+    with one_thread(device), event_files(config, folder) as events:
         seconds = train(job, folder, device, reporter, resume=resume, checkpoint_seconds=config.checkpoint_seconds)
+        if learner is not None:
+            events.rates(steps, learner.rates, manifest.classes, manifest.class_counts)
     report = {"steps": steps, "seconds": round(seconds, 2), "final_loss": folder.final_loss(),
               "hypergradient": _route(config) if learner is not None else None}  # fmt: skip
     log_prior_C = loss.cpu().implied_log_prior(_law(config, learner, rates_C, counts_C).log())

@@ -13,6 +13,7 @@ from ..presets import choose
 from ..report.plots import methods_chart
 from ..reporter import Reporter
 from . import evaluate, make_lt, meta_sample, pretrain, retrain
+from .evaluate_show import percent
 from .rates import load_rates
 
 IMBALANCE = 40  # 128 images down to 3: all three shot groups exist
@@ -77,7 +78,7 @@ def _show(result: DemoResult, rates: dict[str, dict], chart: Path, data: Manifes
     shown = {"softmax": "softmax (pretrain)", "balanced": "+ balanced (retrain)", "balms": "+ meta sampler: BALMS"}
     columns = ["accuracy %", "many-shot", "medium-shot", "few-shot", "all classes"]
     keys = ("many", "medium", "few", "balanced_accuracy")
-    rows = [[shown[name], *(evaluate.percent(r[k]) for k in keys)] for name, r in result.methods.items()]
+    rows = [[shown[name], *(percent(r[k]) for k in keys)] for name, r in result.methods.items()]
     tested = len(data.splits["test"])
     reporter.table(f"digits made long-tailed, {tested} test images, {result.seconds:.0f} s", columns, rows)
     for name, document in rates.items():

@@ -12,6 +12,7 @@ from ..engine.distributed import ALONE, World
 from ..engine.header import sha256_of
 from ..engine.run_dir import RATES, REPORT, RunDir, clear_run
 from ..engine.runtime import setup, versions
+from ..engine.tensorboard import require_tensorboard
 from ..reporter import Reporter
 from .common import RunResult, check_classes, check_meta_set, data_summary, provenance
 from .decoupled import fit_head
@@ -27,6 +28,7 @@ def run(resolved: Resolved[MetaSampleConfig], parent_file: Path, manifest: Manif
     from ..report.plots import rates_chart
 
     config, reporter = resolved.config, reporter or Reporter()
+    require_tensorboard(config)
     runtime = setup(config.device, config.precision, deterministic=config.deterministic)
     model, parent = load_model(parent_file)
     check_classes(parent, manifest, parent_file)

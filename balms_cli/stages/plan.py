@@ -1,7 +1,6 @@
 """``--dry-run``: everything a run would meet, checked, and a few real steps to say how long it would take."""
 
 import re
-import tempfile
 from pathlib import Path
 
 from ..config import PretrainConfig, Resolved, TrainConfig
@@ -53,24 +52,13 @@ def show_plan(
         ["result", str(folder.path)],
     ]
     if isinstance(config, PretrainConfig) and not config.frozen:
-        rows.append(
-            ["time", f"about {_seconds_a_step(resolved, manifest) * steps / 60:.1f} minutes by {_TRIAL_STEPS} trial steps"]
-        )
+        from .pretrain import seconds_a_step
+
+        seconds = seconds_a_step(config, manifest, reporter, trial_steps=_TRIAL_STEPS)
+        rows.append(["time", f"about {seconds * steps / 60:.1f} minutes by {_TRIAL_STEPS} trial steps"])
     elif parent is not None:
         from ..engine.checkpoint import load_model
         from .common import check_classes
 
         check_classes(load_model(parent)[1], manifest, parent)
     reporter.table("dry run: nothing was written", ["what", "value"], rows)
-
-
-def _seconds_a_step(resolved: Resolved[PretrainConfig], manifest: Manifest) -> float:
-    from .pretrain import run
-
-    with tempfile.TemporaryDirectory() as scratch:
-        times = []
-        for steps in (1, 1 + _TRIAL_STEPS):  # the difference leaves the first step's start-up out
-            config = resolved.config.model_copy(update={"steps": steps, "epochs": None, "warmup_steps": 0})
-            result = run(Resolved("pretrain", config, resolved.sources), manifest, RunDir(Path(scratch) / str(steps)))
-            times.append(result.report["seconds"])
-        return max(times[1] - times[0], 0.0) / _TRIAL_STEPS

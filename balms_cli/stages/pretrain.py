@@ -1,5 +1,6 @@
 """``balms pretrain``: stage 1, representation learning. One network, one loss, one sampler, from images to a checkpoint."""
 
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ..engine.optim import Guard, learning_rate, make_sgd
 from ..engine.profile import WARM_UP, Profile, phase, profile_steps
 from ..engine.run_dir import RunDir, clear_run
 from ..engine.runtime import Runtime, setup
+from ..engine.tensorboard import event_files, require_tensorboard
 from ..errors import ConfigError
 from ..losses import SoftmaxLoss
 from ..models.backbones import build_backbone, load_weights
@@ -54,6 +56,7 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
     config, reporter = resolved.config, reporter or Reporter()
     if config.reweight != "none" and world.size > 1:
         raise ConfigError("--reweight looks one step ahead in one process: start it without torchrun")
+    require_tensorboard(config)
     world.share(config.batch_size)  # a batch that does not divide is told before anything is read or written
     begun = _begin(config, manifest, reporter, offline)
     runtime, model, loss, counts_C = begun.runtime, begun.model, begun.loss, torch.tensor(manifest.class_counts)
@@ -68,7 +71,7 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
         job = _job(config, begun, world)
         reporter.note(f"{config.backbone} at {config.image_size} px, {job.steps} steps of {config.batch_size} on "
                       f"{runtime.describe()}")  # fmt: skip
-        with closing(begun.images), closing(begun.meta_images):
+        with closing(begun.images), closing(begun.meta_images), event_files(config, folder):
             seconds = train(job, folder, runtime.device, reporter, resume=resume,
                             checkpoint_seconds=config.checkpoint_seconds, world=world)  # fmt: skip
         report = {"steps": job.steps, "seconds": round(seconds, 1), "final_loss": folder.final_loss(),
@@ -89,7 +92,7 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
         recipe=config.model_dump(mode="json"), data=data_summary(manifest),
         manifest=str(manifest.path.resolve()), manifest_sha256=manifest.sha256,
     )  # fmt: skip
-    return finish(folder, model, header, report, runtime)
+    return finish(folder, model, header, manifest, report, runtime)
 
 
 def profile(resolved: Resolved[PretrainConfig], manifest: Manifest, trace: Path, reporter: Reporter | None = None, *,
@@ -109,6 +112,19 @@ def profile(resolved: Resolved[PretrainConfig], manifest: Manifest, trace: Path,
                   f"a step, {begun.runtime.describe()}; mean of {found.steps} steps after {WARM_UP}, slowed a little by "
                   "being watched; the trace opens in ui.perfetto.dev")  # fmt: skip
     return found, begun.runtime
+
+
+def seconds_a_step(config: PretrainConfig, manifest: Manifest, reporter: Reporter, *, trial_steps: int) -> float:
+    """What a step of ``run`` takes here, by a few after the first; nothing is written. Raises: as ``profile``."""
+    begun = _begin(config, manifest, reporter, offline=False)
+    job, guard = _job(config, begun, ALONE), Guard(begun.runtime.device)
+    with closing(begun.images), closing(begun.meta_images):
+        for step in range(1 + trial_steps):
+            job.take(step % job.steps, guard)
+            guard.check()  # waits for the device
+            if step == 0:  # the start-up is in it
+                began = time.monotonic()
+    return (time.monotonic() - began) / trial_steps
 
 
 def _tell_wait(share: float | None, reporter: Reporter) -> dict[str, float]:
@@ -139,6 +155,10 @@ def _begin(config: PretrainConfig, manifest: Manifest, reporter: Reporter, offli
     """Check, load and build; nothing is written."""
     runtime = setup(config.device, config.precision, deterministic=config.deterministic)
     device = runtime.device
+    if config.compile == "cuda-graphs" and device.type != "cuda":
+        raise ConfigError("--compile cuda-graphs needs a GPU; on a CPU try --compile on")
+    if config.sync_batch_norm and device.type != "cuda":  # torch has it nowhere else
+        raise ConfigError("sync_batch_norm works between GPUs only: leave it out, or give each process a larger batch")
     rates_C = read_rates(config.sampler, manifest)
     backbone, mean, std = _backbone(config, offline)
     _warn_of_shrinking(config, manifest, reporter)
@@ -161,9 +181,15 @@ def _begin(config: PretrainConfig, manifest: Manifest, reporter: Reporter, offli
     loss = training_loss(config, counts_C).to(device)
     head = fresh_head(config, backbone.feature_dim, loss, len(counts_C), mix(config.seed, 5))
     model = Classifier(backbone, head).to(device, memory_format=torch.channels_last)
-    if config.compile:
-        model.backbone.compile()
+    compile_backbone(model, config.compile)
     return _Begun(runtime, images, meta_images, rates_C, mean, std, loss, model)
+
+
+def compile_backbone(model: Classifier, how: str) -> None:
+    """In place, so names and weights stay; the first step compiles. CUDA graphs launch all kernels of a pass at once, which
+    pays where they are short: with small images."""
+    if how != "off":
+        model.backbone.compile(mode="reduce-overhead" if how == "cuda-graphs" else None)
 
 
 def _backbone(config: PretrainConfig, offline: bool):

@@ -9,6 +9,7 @@ from ..engine.distributed import ALONE, World
 from ..engine.header import FORMAT, Header, sha256_of
 from ..engine.run_dir import RATES, RunDir, clear_run
 from ..engine.runtime import setup
+from ..engine.tensorboard import require_tensorboard
 from ..models.classifiers import Classifier, CosineHead, stage1_linear
 from ..reporter import Reporter
 from .common import RunResult, check_classes, check_meta_set, data_summary, finish, provenance
@@ -25,6 +26,7 @@ def run(resolved: Resolved[RetrainConfig], parent_file: Path, manifest: Manifest
     Raises: CheckpointError (damaged, or of other classes), DataError, ConfigError, DivergedError, Interrupted.
     """
     config, reporter = resolved.config, reporter or Reporter()
+    require_tensorboard(config)
     runtime = setup(config.device, config.precision, deterministic=config.deterministic)
     model, parent = load_model(parent_file)
     check_classes(parent, manifest, parent_file)
@@ -60,4 +62,4 @@ def run(resolved: Resolved[RetrainConfig], parent_file: Path, manifest: Manifest
         | {"augment": parent.recipe.get("augment", [])}, data=data_summary(manifest), manifest=str(manifest.path.resolve()),
         manifest_sha256=manifest.sha256, parent_sha256=parent_sha256,
     )  # fmt: skip
-    return finish(folder, Classifier(model.backbone.cpu(), fit.head), header, fit.report, runtime)
+    return finish(folder, Classifier(model.backbone.cpu(), fit.head), header, manifest, fit.report, runtime)
