@@ -39,7 +39,7 @@ _PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "quick": {"backbone": "resnet18", "image_size": 64, "epochs": 20, "batch_size": 64, "lr": 0.05,
                       "warmup_steps": 50, "warmup_lr": 0.005, "weight_decay": 5e-4, "augment": ["crop", "flip"]},
             "general": {"backbone": "resnet50", "image_size": 224, "epochs": 90, "batch_size": 256, "lr": 0.1,
-                        "warmup_steps": 500, "warmup_lr": 0.01, "weight_decay": 5e-4, "augment": ["crop", "flip"]},
+                        "warmup_steps": 500, "warmup_lr": 0.01, "weight_decay": 5e-4, "augment": ["resized-crop", "flip"]},
         },
     },
     "retrain": {

@@ -7,7 +7,7 @@
 (c) the network, loss, precision and optimizer of (a) on one batch that lies on the device: the ceiling of (a).
 
 ResNet-32 at 32 px: crop, flip, AutoAugment, Cutout; batch 128 on a CPU, 512 on a GPU. ResNet-50 at 224 px, batch 8 or 128:
-(b) decodes JPEG files for RandomResizedCrop and flip, (a) has them in memory at 224 px for crop and flip.
+both decode JPEG files for random resized crops and flips, (a) in threads, (b) in workers.
 Medians of several rounds in which all sides take their turn after a warm-up. (b) has workers during its turn only; what they
 had ready goes into its warm-up, and no epoch ends. Peak memory is what torch allocates at most during one step, beyond what
 is there before it; that of workers and what they hand over are not in it.
@@ -46,6 +46,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms as T
 
 from balms_cli.config import MakeLTConfig, PretrainConfig, resolve
+from balms_cli.data.feed import AHEAD
 from balms_cli.data.manifest import Manifest
 from balms_cli.engine.distributed import ALONE
 from balms_cli.engine.optim import Guard, make_sgd
@@ -61,9 +62,8 @@ PLAN = {
     "resnet32": {"preset": ("cifar", "paper"), "flags": {}, "batch": {"cpu": 128, "cuda": 512},
                  "steps": {"cpu": 30, "cuda": 200}, "reads": "both: uint8 in memory, in (b) through PIL"},
     "resnet50": {"preset": ("photos", "general"), "batch": {"cpu": 8, "cuda": 128}, "steps": {"cpu": 6, "cuda": 40},
-                 "flags": {"backbone": "resnet50", "image_size": 224, "augment": ["crop", "flip"], "steps": 13_000},
-                 "reads": "(a) uint8 in memory, decoded and brought to 224 px before the clock starts: crop, flip; "
-                          "(b) JPEG files, decoded for every step: RandomResizedCrop, flip"},
+                 "flags": {"backbone": "resnet50", "image_size": 224, "augment": ["resized-crop", "flip"], "steps": 13_000},
+                 "reads": "both: JPEG files, decoded for every step, random resized crop and flip"},
 }  # fmt: skip
 SIDES = {"a": "balms pretrain", "b": "the usual loop", "c": "the network alone"}
 Side = Callable[[], Iterator[torch.Tensor]]  # a turn: takes one training step for each ``next`` and gives its loss
@@ -232,7 +232,7 @@ def measure(net: str, data_root: Path | None, device: str, steps: int | None, ro
         sides = {"a": stage_side(config, fresh[0]), "c": alone_side(config, fresh[2]),
                  "b": usual_side(config, fresh[1], Pictures(net, begun, manifest), workers)}  # fmt: skip
         memory = {side: peak_of_a_step(turn, where) for side, turn in sides.items()}
-        warm_up = {"a": 2, "b": 2 * workers + 2, "c": 2}  # a worker has two batches ready
+        warm_up = {"a": 2 + AHEAD, "b": 2 * workers + 2, "c": 2}  # what was read before the turn goes into it
         spent = [{s: seconds_a_step(t, steps, warm_up[s], where) for s, t in sides.items()} for _ in range(rounds)]
     return {"rates": {s: sorted(batch / r[s] for r in spent) for s in SIDES}, "memory": memory, "batch": batch, "steps": steps,
             "workers": workers, "precision": begun.runtime.precision, "reads": plan["reads"],
