@@ -265,7 +265,9 @@ class ExportConfig(StageConfig):
 class AuditConfig(StageConfig):
     """``balms audit``: a data set looked at before anything is made of it."""
 
-    data: str = Field("digits", description="cifar10, cifar100, digits, a folder, a list file, or a manifest")
+    data: str | None = Field(
+        None, description="cifar10, cifar100, digits, a folder, a list file, or a manifest (default: the newest manifest)"
+    )
     decode: bool = Field(True, description="read every image in full; else files are listed and their status looked at")
     hashes: bool | None = Field(None, description="look for files with the same content (default: where images are decoded)")
     workers: int | None = Field(None, ge=0, le=256, description="threads (default: one a processor, 8 at most)")

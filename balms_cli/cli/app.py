@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import BalmsError
-from . import demo, detect, evaluate, make_lt, meta_sample, pretrain, retrain
+from . import audit, demo, detect, evaluate, export, make_lt, meta_sample, predict, pretrain, retrain
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -81,10 +81,13 @@ def root(
 
 
 app.command("make-lt")(make_lt.command)
+app.command("audit")(audit.command)
 app.command("pretrain")(pretrain.command)
 app.command("retrain")(retrain.command)
 app.command("meta-sample")(meta_sample.command)
 app.command("evaluate")(evaluate.command)
+app.command("predict")(predict.command)
+app.command("export")(export.command)
 app.command("detect", context_settings={"ignore_unknown_options": True, "help_option_names": []})(detect.command)
 app.command("demo")(demo.command)
 

@@ -14,7 +14,11 @@ def command(
     runs: Annotated[list[str] | None, Argument(metavar="RUN...", help="Runs to score side by side, - for stdin "
                                                "(default: the newest run).")] = None,
     data: o.Data = None,
-    require: Annotated[str | None, Option(metavar="EXPR", help="Gate such as 'few>=0.30'; exit 6 where it is not met.")] = None,
+    report: Annotated[Path | None, Option(metavar="FOLDER", help="Write a report there: one page (index.html), its figures as "
+                                          "PNG, its numbers as JSON, CSV and Markdown.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier report in --report.")] = False,
+    require: Annotated[list[str] | None, Option(metavar="EXPR", help="Gate such as 'few>=0.30' or 'ece<=5%'; repeatable; "
+                                                "exit 6 where one is not met.")] = None,
     split: Annotated[str | None, Option(help="test, val or train.")] = None,
     target_prior: Annotated[str | None, Option(metavar="PRIOR", help="Re-score for another class prior: uniform, train, "
                                                "reversed, or a JSON file {class: share}.")] = None,

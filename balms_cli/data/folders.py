@@ -1,6 +1,8 @@
 """Folders of images: ``train/CLASS/*`` with ``test/CLASS/*``, or ``CLASS/*``."""
 
 import os
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,30 +13,51 @@ EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
      ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif")
 )  # fmt: skip
+_MAX_REPEATS = 100_000  # folders met again by way of links: above that it is a trap, not a data set
+MAX_DEPTH = 100  # folders in one another; the system takes time that grows with the cube of it
+TOO_DEEP = f"more than {MAX_DEPTH} folders deep"
+Problem = tuple[str, str]  # (kind, message)
 
 
 @dataclass
 class Scan:
-    """Keys (POSIX paths relative to ``root``) a class name, sorted. ``bad``: (key, reason) of what to leave unread."""
+    """Keys (POSIX paths relative to ``root``) a class name, sorted. ``bad``: (key, reason) of what to leave unread.
+
+    What was passed over: ``passed``, files by type ('.txt'; 'hidden'); ``stray``, images outside class folders;
+    ``beside``, folders beside train and test; ``again``, links to a folder that the class holds already.
+    """
 
     root: Path
     train: dict[str, list[str]]
     test: dict[str, list[str]] | None
     bad: list[tuple[str, str]] = field(default_factory=list)
+    passed: Counter[str] = field(default_factory=Counter)
+    stray: int = 0
+    beside: list[str] = field(default_factory=list)
+    again: int = 0
+    problems: list[Problem] | None = None
+    repeats: int = 0
+    folders: set[str] = field(default_factory=set)
 
 
-def scan(folder: Path) -> Scan:
+def scan(folder: Path, problems: list[Problem] | None = None) -> Scan:
     """List a folder's images by class. Hidden files and other file types are passed over; class folders may be nested.
 
-    Raises: DataError for a folder without class folders, or a class folder without images.
+    Raises: DataError for a folder without class folders, or a class folder without images. ``problems``: takes what
+    would be raised about a class; one without images then stays, with none.
     """
     try:
         root = folder.resolve(strict=True)
-        result = Scan(root, {}, None)
+        result = Scan(root, {}, None, problems=problems)
         if _is_split(root / "train", root / "test"):
             result.train = _classes(result, "train/")
             if (root / "test").is_dir():
                 result.test = _classes(result, "test/")
+            for entry in os.scandir(root):
+                if _is_dir(entry) and not entry.name.startswith(".") and entry.name not in ("train", "test"):
+                    result.beside.append(entry.name)
+                elif _is_image(entry.name):
+                    result.stray += 1
         else:
             result.train = _classes(result, "")
     except OSError as error:
@@ -47,58 +70,131 @@ def _is_split(train: Path, test: Path) -> bool:
     if not train.is_dir():
         return False
     entries = [entry for entry in os.scandir(train) if not entry.name.startswith(".")]
-    return any(entry.is_dir() for entry in entries) and (test.is_dir() or not any(_is_image(entry.name) for entry in entries))
+    return any(_is_dir(entry) for entry in entries) and (test.is_dir() or not any(_is_image(entry.name) for entry in entries))
 
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
+def _is_dir(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder, or a link to one; a link in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _mind(result: Scan, kind: str, message: str) -> None:
+    """Raises: DataError, or notes the problem where problems are collected."""
+    if result.problems is None:
+        raise DataError(message)
+    result.problems.append((kind, message))
+
+
 def _classes(result: Scan, prefix: str) -> dict[str, list[str]]:
     """The class folders under ``root/prefix``."""
     base = result.root / prefix
-    names = sorted(entry.name for entry in os.scandir(base) if entry.is_dir() and not entry.name.startswith("."))
+    names = []
+    for entry in os.scandir(base):
+        if entry.name.startswith("."):
+            continue
+        if _is_dir(entry):
+            names.append(entry.name)
+        elif _is_image(entry.name):
+            result.stray += 1
     if not names:
-        raise DataError(f"{base} holds no class folders; expected train/CLASS/* with test/CLASS/*, or CLASS/*")
+        message = f"{base} holds no class folders; expected train/CLASS/* with test/CLASS/*, or CLASS/*"
+        if prefix != "test/":
+            raise DataError(message)
+        _mind(result, "no-classes", message)
     classes = {}
-    for name in names:
+    for name in sorted(names):
         if not is_plain(name):
-            raise DataError(f"{base}: class folder '{printable(name)}' has a control character in its name; rename it")
+            _mind(result, "class-name",
+                  f"{base}: class folder '{printable(name)}' has a control character in its name; rename it")  # fmt: skip
+            continue
         refused = len(result.bad)
-        classes[name] = sorted(_images(result, prefix + name, set()))
-        if not classes[name] and len(result.bad) == refused:
+        classes[name] = sorted(_images(result, prefix + name))
+        if not classes[name] and len(result.bad) == refused and result.problems is None:
             raise DataError(f"class '{name}' has no images: {base / name} is empty or holds other file types")
     return classes
 
 
-def _images(result: Scan, key: str, above: set[str]) -> list[str]:
-    """Keys of all images under ``root/key``, at any depth. ``above``: real paths of the folders above, against loops.
+def _images(result: Scan, key: str) -> list[str]:
+    """Keys of all images under ``root/key``, at any depth; a folder counts once, however many links lead to it.
 
     A link may lead anywhere within the root; one that leaves it goes to ``result.bad``.
     """
-    real = os.path.realpath(result.root / key)
-    if not is_inside(real, result.root):
-        result.bad.append((key, "a link that leaves the folder"))
-        return []
-    if real in above:
-        return []
-    keys = []
-    with os.scandir(result.root / key) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = f"{key}/{entry.name}"
-            if entry.is_dir():
-                keys += _images(result, path, above | {real})
-            elif not _is_image(entry.name):
-                continue
-            elif not is_plain(entry.name):
-                result.bad.append((path, "a control character or not UTF-8 in its name"))
-            elif entry.is_symlink() and not is_inside(os.path.realpath(entry.path), result.root):
-                result.bad.append((path, "a link that leaves the folder"))
-            else:
-                keys.append(path)
+    keys: list[str] = []
+    seen: set[str] = set()
+    folders: list[tuple[str, str]] = []
+    linked = [key]
+    while folders or linked:
+        if not folders:  # by its own name first: links come last, in order
+            linked.sort(reverse=True)
+            key = linked.pop()
+            folders.append((key, os.path.realpath(result.root / key)))
+        key, real = folders.pop()
+        if key.count("/") > MAX_DEPTH:
+            result.bad.append((key, TOO_DEEP))
+        elif not is_inside(real, result.root):
+            result.bad.append((key, "a link that leaves the folder"))
+        elif real in seen:
+            result.again += 1
+        else:
+            seen.add(real)
+            _count_visit(result, real)
+            for entry in _entries(result, key):
+                path = f"{key}/{entry.name}"
+                if entry.name.startswith("."):
+                    result.passed["hidden"] += 1
+                elif _is_dir(entry):
+                    if not is_plain(entry.name):
+                        result.bad.append((path, "a control character or not UTF-8 in its name"))
+                    elif entry.is_symlink():
+                        linked.append(path)
+                    else:
+                        folders.append((path, f"{real}{os.sep}{entry.name}"))
+                elif not _is_image(entry.name):
+                    result.passed[os.path.splitext(entry.name)[1].lower()] += 1
+                elif reason := _refusal(entry, result.root):
+                    result.bad.append((path, reason))
+                else:
+                    keys.append(path)
     return keys
+
+
+def _entries(result: Scan, key: str) -> Iterator[os.DirEntry]:
+    try:
+        with os.scandir(result.root / key) as entries:
+            yield from entries
+    except OSError as error:
+        if result.problems is None:
+            raise
+        result.problems.append(("folder", f"cannot read the folder {printable(key[:200])}: {error.strerror or error}"))
+
+
+def _count_visit(result: Scan, real: str) -> None:
+    """Links among folders can multiply: twenty folders, each with two links to the next, are a million ways."""
+    result.repeats += real in result.folders
+    result.folders.add(real)
+    if result.repeats > _MAX_REPEATS:
+        raise DataError(f"{result.root}: links lead to the same folders more than {_MAX_REPEATS} times; remove some")
+
+
+def _refusal(entry: os.DirEntry, root: Path) -> str | None:
+    """Why an image file is not to be read, if so. A missing target of a link is left to whoever reads it."""
+    if not is_plain(entry.name):
+        return "a control character or not UTF-8 in its name"
+    try:
+        if entry.is_symlink() and not is_inside(os.path.realpath(entry.path), root):
+            return "a link that leaves the folder"
+        if not entry.is_file() and os.path.exists(entry.path):
+            return "not a regular file"  # a pipe or a device: reading it may never end
+    except OSError:
+        return "a link in a circle"
+    return None
 
 
 def is_inside(real: str, root: str | Path) -> bool:

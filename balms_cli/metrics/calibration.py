@@ -27,8 +27,8 @@ def calibration(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = BIN
         "confidence": float(score_B.sum() / n),
         "accuracy": float(right_B.sum() / n),
         "bins": [
-            {"low": float(edges[b]), "high": float(edges[b + 1]), "n": int(m), "confidence": float(score_B[b] / m) if m else None,
-             "accuracy": float(right_B[b] / m) if m else None}
+            {"low": float(edges[b]), "high": float(edges[b + 1]), "n": int(m),
+             "confidence": float(score_B[b] / m) if m else None, "accuracy": float(right_B[b] / m) if m else None}
             for b, m in enumerate(n_B)
         ],
     }  # fmt: skip

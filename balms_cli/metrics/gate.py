@@ -7,10 +7,12 @@ from typing import Any
 from ..errors import ConfigError
 from .accuracy import SCALARS
 
+METRICS = (*SCALARS, "ece")
+
 
 @dataclass(frozen=True)
 class Gate:
-    """``metric op value``, for instance ``few>=0.30``."""
+    """``metric op value``, for instance ``few>=0.30`` or ``ece<=5%``: an accuracy, or the expected calibration error."""
 
     metric: str
     op: str
@@ -25,12 +27,12 @@ class Gate:
             value = float(number) / (100 if percent else 1)
         except (AttributeError, ValueError):
             raise ConfigError(f"--require {text!r}: write it as 'few>=0.30' or 'top1>=45%'") from None
-        if metric not in SCALARS:
+        if metric not in METRICS:
             from ..config import suggest
 
-            raise ConfigError(f"--require {text!r}: no metric '{metric}'; {suggest(metric, SCALARS)}")
+            raise ConfigError(f"--require {text!r}: no metric '{metric}'; {suggest(metric, METRICS)}")
         if not 0 <= value <= 1:
-            raise ConfigError(f"--require {text!r}: accuracies are fractions from 0 to 1 (or write {value:g}%)")
+            raise ConfigError(f"--require {text!r}: values are fractions from 0 to 1 (or write {value:g}%)")
         return Gate(metric, op, value)
 
     def met_by(self, result: dict[str, Any]) -> bool:

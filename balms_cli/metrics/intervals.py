@@ -7,11 +7,14 @@ right, the right ones among the drawn are Binomial(n - 1, h/n), exactly. For two
 (both right, one, the other, none) are multinomial in the same way. So no image is ever resampled.
 
 What a bootstrap cannot see is told otherwise:
-  * one test image of a class has no spread of its own: it takes that of its shot group (drawn with the group's mean
-    shares, and centred on what was seen);
+  * one test image of a class has no spread of its own, and two show all or nothing: such a class takes the spread of its
+    shot group (drawn with the group's mean shares, and centred on what was seen);
   * fewer than five images right, or wrong (of two runs: told apart), say too little; where all are wrong, every draw is 0.
     There stands the Wilson interval (Wilson 1927), for a difference the one of Bonett and Price (2012), with the figure's
     effective number of images, 1 / sum_c w_c^2 / n_c: exact where the classes share one accuracy.
+
+Simulated test sets (tests/test_intervals.py): 92 to 97 % of the intervals hold the truth; where a figure hangs on a few
+classes of one or two images, 86 % and more.
 
 Shapes: C classes, M metrics, D draws. All intervals are two-sided, 95 %.
 """
@@ -23,8 +26,10 @@ from .accuracy import metric_weights
 
 LEVEL, DRAWS, SEED = 0.95, 2000, 0
 Z = 1.959963984540054  # the normal quantile of (1 + LEVEL) / 2
-_FEW = 5.0
+_FEW = 5.0  # images right, or wrong, from which on the draws are trusted
+_POOLED = 2  # test images up to which a class takes its group's spread
 _CHUNK = 1_000_000  # numbers drawn at once
+_MOST_ROWS = 1000  # terms of a sum from which on it is normal
 
 Bounds = dict[str, tuple[float, float, float] | None]  # metric -> value, low, high
 
@@ -80,24 +85,34 @@ def resample(tested_C: np.ndarray, gained_C: np.ndarray, lost_C: np.ndarray, gro
     """Bootstrap draws [D, M] of sum_c w_c (gained_c - lost_c) / n_c.
 
     Classes with the same outcomes, size and weights are drawn as one, as a sum of binomials of one p is binomial: ten
-    thousand classes of five test images are a few dozen rows.
+    thousand classes of five test images are a few dozen rows. Where still more than a thousand are left, those that make
+    up less than a thousandth of every figure's variance are drawn together, as the normal law that their sum has.
     """
     tested = tested_C > 0
     n_T, weights_TM, groups_T = tested_C[tested], weights_CM[tested], groups_C[tested]
     seen_T2 = np.stack([gained_C[tested], lost_C[tested]], axis=1) / n_T[:, None]
-    shares_T2 = seen_T2.copy()
-    for group in set(groups_T[n_T == 1]):
-        shares_T2[(groups_T == group) & (n_T == 1)] = seen_T2[groups_T == group].mean(0)
-    centre_M = weights_TM.T @ (seen_T2 - shares_T2) @ [1.0, -1.0]  # 0 but for classes of one test image
-    size_T = np.maximum(n_T - 1, 1)
+    shares_T2, pooled_T = seen_T2.copy(), n_T <= _POOLED
+    for group in set(groups_T[pooled_T]):
+        shares_T2[(groups_T == group) & pooled_T] = seen_T2[groups_T == group].mean(0)
+    centre_M = weights_TM.T @ (seen_T2 - shares_T2) @ [1.0, -1.0]  # 0 but for the pooled classes
+    size_T = np.where(pooled_T, n_T, n_T - 1)
     rows, alike_R = np.unique(np.column_stack([size_T, shares_T2, weights_TM]), axis=0, return_counts=True)
     size_R, gain_R, loss_R, weights_RM = rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:]
     images_R = (size_R * alike_R).astype(np.int64)
     given_R = np.divide(loss_R, 1 - gain_R, out=np.zeros_like(loss_R), where=gain_R < 1).clip(0, 1)  # lost, of those not gained
     rng = np.random.default_rng(seed)
     drawn_DM = np.tile(centre_M, (draws, 1))
+    mean_R = (gain_R - loss_R) * alike_R
+    variance_R = (gain_R + loss_R - (gain_R - loss_R) ** 2) * alike_R / size_R
+    kept = np.arange(len(rows))
+    if len(rows) > _MOST_ROWS:
+        shares_RM = weights_RM**2 * variance_R[:, None]
+        small_R = (shares_RM <= shares_RM.sum(0) / _MOST_ROWS).all(1)
+        kept, small_SM = np.flatnonzero(~small_R), weights_RM[small_R]
+        covariance_MM = (small_SM * variance_R[small_R, None]).T @ small_SM
+        drawn_DM += rng.multivariate_normal(mean_R[small_R] @ small_SM, covariance_MM, size=draws)
     step = max(1, _CHUNK // draws)
-    for part in (slice(start, start + step) for start in range(0, len(rows), step)):
+    for part in (kept[start : start + step] for start in range(0, len(kept), step)):
         gained_DR = rng.binomial(images_R[part], gain_R[part], size=(draws, len(images_R[part])))
         lost_DR = rng.binomial(images_R[part] - gained_DR, given_R[part])
         drawn_DM += (gained_DR - lost_DR) / size_R[part] @ weights_RM[part]

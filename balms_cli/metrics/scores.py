@@ -16,7 +16,7 @@ class Scores:
 
     predicted_N: np.ndarray  # int64: the class of the largest logit (ties: the first)
     confidence_N: np.ndarray  # float64, 0..1: its softmax score
-    rank_N: np.ndarray  # int64: classes whose logit is strictly above the true class's
+    rank_N: np.ndarray  # int64: classes before the true one by logit (ties: the first in order), so 0 where it is predicted
     mean_score_C: np.ndarray  # float64, adds up to 1: mean softmax score of the class over the images, p(y)
 
     @staticmethod
@@ -34,6 +34,9 @@ class Scores:
                 raise ValueError("a logit is not a finite number")
             truth_B1 = np.take_along_axis(z_BC, labels_N[rows, None], axis=1)
             predicted_N[rows], rank_N[rows] = z_BC.argmax(1), (z_BC > truth_B1).sum(1)
+            tied = (z_BC == truth_B1).sum(1) > 1  # rare, but logits that are all alike must not count as five right ones
+            before_BC = np.arange(k) < labels_N[rows][tied, None]
+            rank_N[rows][tied] += ((z_BC[tied] == truth_B1[tied]) & before_BC).sum(1)
             p_BC = np.exp(z_BC - z_BC.max(1, keepdims=True))
             p_BC /= p_BC.sum(1, keepdims=True)
             confidence_N[rows] = p_BC.max(1)

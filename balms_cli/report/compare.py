@@ -26,7 +26,8 @@ def same_images(first: Scored, other: Scored) -> np.ndarray | None:
     differ, so there the folders must be one.
     """
     a, b = first.manifest.source, other.manifest.source
-    one_source = (a["kind"], a["name"]) == (b["kind"], b["name"]) and (a["kind"] in ("digits", "cifar") or a["root"] == b["root"])
+    known = a["kind"] in ("digits", "cifar")  # the same wherever it lies
+    one_source = (a["kind"], a["name"]) == (b["kind"], b["name"]) and (known or a["root"] == b["root"])
     same_index = first.manifest.sha256 == other.manifest.sha256 and first.split == other.split
     if not (one_source or same_index) or len(first.keys) != len(other.keys):
         return None

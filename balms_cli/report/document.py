@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.aside import printable
 from ..data.longtail import shot_groups
 from ..data.manifest import now
 from ..metrics import GROUPS, SCALARS
@@ -31,7 +32,9 @@ def build(scored: list[Scored]) -> dict[str, Any]:
     ``Scored.result`` must hold what ``evaluate`` says of the run, its intervals with it.
     """
     first, names = scored[0], unique_names([one.run for one in scored])
-    prior = {"prior": first.result["target_prior"], "tau": first.result["posthoc_tau"]} if "target_prior" in first.result else None
+    result, prior = first.result, None
+    if "target_prior" in result:
+        prior = {"prior": result["target_prior"], "tau": result["posthoc_tau"]}
     return plain({
         "format": FORMAT, "version": VERSION, "created": now(), "split": first.split, "images": len(first.labels_N),
         "device": first.result["device"], "versions": first.result["versions"], "target_prior": prior,
@@ -44,7 +47,10 @@ def build(scored: list[Scored]) -> dict[str, Any]:
 
 
 def unique_names(runs: list[Path]) -> list[str]:
-    """A short name for each run: its folder's, with as many parents as tell it from the others; a number for one given twice."""
+    """A short name for each run: its folder's, with as many parents as tell it from the others.
+
+    A run that is given twice gets a number.
+    """
     paths = [run.resolve().parts for run in runs]
     names = ["/".join(parts[-1:]) for parts in paths]
     depth = 1
@@ -90,7 +96,7 @@ def _run(one: Scored, name: str, first: Scored) -> dict[str, Any]:
     parent = run_files.parent_of(one.run, header)
     return {
         "name": name, "run": str(one.run), "stage": header.stage, "classifier": header.classifier, "loss": header.loss,
-        "sampler": header.sampler, "seed": header.recipe.get("seed"),
+        "sampler": header.sampler, "seed": header.recipe.get("seed"), "prior_exact": header.prior_exact,
         "images": len(one.labels_N), "same_data": header.manifest_sha256 == one.manifest.sha256,
         "same_images": same_images(first, one) is not None,
         **_unless_same(one, first),
@@ -136,10 +142,10 @@ def _trend(one: Scored) -> dict[str, Any] | None:
     y_T = one.per_class(one.right_N)[tested_C] / one.tested_C[tested_C]
     if np.unique(x_T).size < 2:
         return None
-    dx_T = x_T - x_T.mean()
-    slope = float(dx_T @ y_T / (dx_T @ dx_T))
+    dx_T, flat = x_T - x_T.mean(), np.unique(y_T).size == 1
+    slope = 0.0 if flat else float(dx_T @ y_T / (dx_T @ dx_T))  # where all are alike not the noise of rounding
     spearman = None
-    if np.unique(y_T).size > 1:
+    if not flat:
         from scipy.stats import spearmanr
 
         spearman = float(spearmanr(x_T, y_T).statistic)
@@ -164,9 +170,9 @@ def _calibration(one: Scored) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Plain JSON types: arrays as lists, NaN as None, floats with six significant digits."""
+    """Plain JSON types: arrays as lists, NaN as None, floats with six significant digits, text without control characters."""
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {printable(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, (list, tuple)):
@@ -175,4 +181,8 @@ def plain(value: Any) -> Any:
         return bool(value)
     if isinstance(value, (float, np.floating)):
         return float(f"{value:.6g}") if np.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value
+    if isinstance(value, np.integer):
+        return int(value)
+    if value is None or isinstance(value, int):
+        return value
+    return printable(str(value))  # dates of a TOML file are no JSON, and a folder's name need not be Unicode

@@ -1,7 +1,7 @@
 """``balms evaluate``: the only place that reads test data."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from ..bound import bound_terms
 from ..config import EvaluateConfig
+from ..data.aside import name_some
 from ..data.features import extract_all
 from ..data.manifest import Manifest, now
 from ..engine.checkpoint import load_model
@@ -17,42 +18,54 @@ from ..engine.distributed import ALONE, World
 from ..engine.header import Header, read_header
 from ..engine.run_dir import manifest_of
 from ..engine.runtime import Runtime, setup, versions
-from ..errors import CheckpointError, DataError, GateError
+from ..errors import BalmsError, CheckpointError, DataError, GateError
 from ..metrics import Gate, Scores, summarise
 from ..metrics.calibration import calibration
 from ..metrics.intervals import accuracy_intervals
 from ..models.classifiers import Classifier
+from ..report import compare, document, write
 from ..report.scored import Scored
 from ..reporter import Reporter
 from .common import Images, check_classes, load_images
-from .evaluate_show import percent, show, show_bound
+from .evaluate_show import show, show_bound, show_differences, show_seeds
 from .prior import adjustment
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found of each checkpoint, in the order asked for."""
+    """What was found of each checkpoint, in the order asked for.
+
+    ``differences`` and ``seeds``: of several runs, as in the report's document, with runs named by their folders' paths.
+    ``report``: the folder that a report was written to.
+    """
 
     scored: list[Scored]
+    differences: list[dict[str, Any]] = field(default_factory=list)
+    seeds: list[dict[str, Any]] = field(default_factory=list)
+    report: Path | None = None
 
     @property
     def runs(self) -> list[dict[str, Any]]:
         return [one.result for one in self.scored]
 
     def to_json(self) -> dict[str, Any]:
-        return self.runs[0] if len(self.runs) == 1 else {"runs": self.runs}
+        several = {"runs": self.runs, "differences": self.differences, "seeds": self.seeds}
+        return (self.runs[0] if len(self.runs) == 1 else several) | ({"report": str(self.report)} if self.report else {})
 
 
 def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, reporter: Reporter | None = None, *,
-        world: World = ALONE) -> Evaluation:  # fmt: skip
+        report: Path | None = None, overwrite: bool = False, world: World = ALONE) -> Evaluation:  # fmt: skip
     """Score the checkpoints ``files`` on the test split of their manifest, or of ``data``.
 
-    Raises: CheckpointError, DataError, ConfigError (a gate that cannot be read, or on an empty group). Gates are held by
-    :func:`hold_gate`, after the result is out.
+    ``report``: a folder to write a report to; ``overwrite``: an earlier report there may go. Process 0 writes it.
+    Raises: CheckpointError, DataError, ConfigError (a gate that cannot be read, or on an empty group; a folder that cannot
+    be the report's). Gates are held by :func:`hold_gates`, after the result is out.
     """
     reporter = reporter or Reporter()
     runtime = setup(config.device, config.precision)
-    gate = Gate.parse(config.require) if config.require else None
+    gates = [Gate.parse(text) for text in config.require]
+    if report is not None:
+        _agree_on_place(report, overwrite, world)
     headers = [read_header(file) for file in files]  # every input is refused before any is scored
     manifests = [manifest_of(file, header, data) for header, file in zip(headers, files, strict=True)]
     for header, manifest, file in zip(headers, manifests, files, strict=True):
@@ -60,9 +73,10 @@ def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, rep
             raise CheckpointError(f"{file} has no trained classifier (--frozen): run balms retrain {file.parent} first")
         check_classes(header, manifest, file)
         if config.split not in manifest.splits or not len(manifest.splits[config.split]):
-            raise DataError(f"{manifest.path} has no {config.split} images")
+            raise DataError(f"{manifest.path} has no {config.split} images; name another split by --split, or data by --data")
         if header.manifest_sha256 != manifest.sha256:
             reporter.warn(f"{file.parent.name} was trained on another draw of the data than {manifest.path.name}")
+    _check_same_classes(manifests, files)
     for header in headers:
         adjustment(config, header)
     cache = _Cache(config, runtime, reporter, world)
@@ -70,25 +84,67 @@ def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, rep
         _score(config, file, manifest, manifests[0].classes, runtime, cache, reporter)
         for file, manifest in zip(files, manifests, strict=True)
     ]
-    results = [one.result for one in scored]
-    show(results, reporter)
-    for result in results:
-        if "bound" in result:
-            show_bound(result, reporter)
-    if gate:
-        for result in results:
-            gate.met_by(result)  # an empty group is told before anything is printed as a result
-    return Evaluation(scored)
+    names = document.unique_names([one.run for one in scored])
+    show(scored, names, reporter)
+    for one in scored:
+        if "bound" in one.result:
+            show_bound(one.result, reporter)
+    for gate in gates:
+        for one in scored:
+            gate.met_by(one.result)  # an empty group is told before anything is printed or written as a result
+    differences, seeds = ([], []) if len(scored) == 1 else _compare(scored, names, reporter)
+    if report is not None and world.main:
+        write.write_report(document.build(scored), scored, report, reporter, overwrite=overwrite)
+        reporter.note(f"report: {report / write.PAGE}")
+    return Evaluation(scored, differences, seeds, report)
 
 
-def hold_gate(config: EvaluateConfig, evaluation: Evaluation) -> None:
-    """Raises GateError (exit 6) for the first run that does not meet ``config.require``."""
-    if config.require is None:
-        return
-    gate = Gate.parse(config.require)
-    for result in evaluation.runs:
-        if not gate.met_by(result):
-            raise GateError(f"--require {gate} is not met: {gate.metric} is {result[gate.metric]:.4f} ({result['run']})")
+def hold_gates(config: EvaluateConfig, evaluation: Evaluation) -> None:
+    """All of ``config.require`` must be met by every run. Raises GateError (exit 6), which names each gate that is not."""
+    told = []
+    for gate in map(Gate.parse, config.require):
+        missed = [f"{r[gate.metric]:.6g} ({r['run']})" for r in evaluation.runs if not gate.met_by(r)]
+        if missed:
+            told.append(f"--require {gate} is not met: {gate.metric} is {', '.join(missed)}")
+    if told:
+        raise GateError("; ".join(told))
+
+
+def _agree_on_place(report: Path, overwrite: bool, world: World) -> None:
+    """Refuse a folder that a report cannot go to before anything is scored: process 0 looks, and all of them stop."""
+    refused = None
+    if world.main:
+        try:
+            write.check_folder(report, overwrite=overwrite)
+        except BalmsError as error:
+            refused = error
+    if refused := world.agree(refused):
+        raise refused
+
+
+def _check_same_classes(manifests: list[Manifest], files: list[Path]) -> None:
+    """Runs stand side by side where their classes are the same set of names. Raises CheckpointError (exit 4)."""
+    known = set(manifests[0].classes)
+    for manifest, file in zip(manifests, files, strict=True):
+        if (found := set(manifest.classes)) != known:
+            only, gone = (name_some(sorted(names), 3) or "none" for names in (found - known, known - found))
+            raise CheckpointError(
+                f"{file.parent} and {files[0].parent} have other classes (only in the first: {only}; only in the second: "
+                f"{gone}), so they cannot stand side by side: evaluate each by itself"
+            )
+
+
+def _compare(scored: list[Scored], names: list[str], reporter: Reporter) -> tuple[list[dict], list[dict]]:
+    """Shows differences and seeds under short names, and returns them with the runs' paths as ``--json`` has them."""
+    differences, seeds = compare.differences(scored, names), compare.seeds(scored, names)
+    compared = {one["run"] for one in differences}
+    show_differences(differences, [name for name in names[1:] if name not in compared], reporter)
+    show_seeds(seeds, reporter)
+    path = {name: str(one.run) for name, one in zip(names, scored, strict=True)}
+    return (
+        [one | {"run": path[one["run"]], "against": path[one["against"]]} for one in differences],
+        [one | {"runs": [path[name] for name in one["runs"]]} for one in seeds],
+    )
 
 
 def _score(config: EvaluateConfig, file: Path, manifest: Manifest, classes: list[str], runtime, cache: "_Cache",
@@ -102,36 +158,38 @@ def _score(config: EvaluateConfig, file: Path, manifest: Manifest, classes: list
             reporter.warn(f"{file.parent.name}: {header.classifier} with {header.loss} leaves no exact prior in its logits; "
                           "re-scored as if it were that of its training law")  # fmt: skip
     # Classes are matched by name: columns and labels into the order of ``classes``, whatever the checkpoint's and the data's.
-    order = [header.classes.index(name) for name in classes]
+    place = {name: c for c, name in enumerate(header.classes)}
+    order = [place[name] for name in classes]
     counts = [header.class_counts[c] for c in order]
-    truth_N = np.array([classes.index(name) for name in manifest.classes])[labels_N.numpy()]
+    rank = {name: c for c, name in enumerate(classes)}
+    truth_N = np.array([rank[name] for name in manifest.classes])[labels_N.numpy()]
     try:
         scores = Scores.of(logits_NC[:, order].numpy(), truth_N)
     except ValueError as error:
         raise CheckpointError(f"{file} cannot be scored: {error}; its weights are damaged, repeat the run") from None
     result = summarise(scores, truth_N, classes, counts)
     one = Scored(file.parent, header, manifest, config.split, classes, scores, truth_N, counts, result)
-    result |= _statistics(one)
+    result |= statistics(one)
     if shift_C is not None:
         result |= {"target_prior": config.target_prior or "uniform", "prior_exact": header.prior_exact,
                    "posthoc_tau": 1.0 if config.posthoc_tau is None else config.posthoc_tau}  # fmt: skip
     if config.bound:
         train_NC, train_N = cache.logits(model, header, manifest, "train", file.parent.name)
-        own = [header.classes.index(name) for name in manifest.classes]
+        own = [place[name] for name in manifest.classes]
         losses_N = torch.nn.functional.cross_entropy(train_NC[:, own].double(), train_N, reduction="none")
         result["bound"] = bound_terms(losses_N.numpy(), train_N.numpy(), [header.class_counts[c] for c in own],
                                       total=config.bound_beta, delta=config.bound_delta)  # fmt: skip
         result["bound"]["classes"] = manifest.classes
     result |= {
         "run": str(file.parent), "stage": header.stage, "classifier": header.classifier, "loss": header.loss,
-        "sampler": header.sampler, "seed": header.recipe["seed"], "split": config.split, "images": len(labels_N),
+        "sampler": header.sampler, "seed": header.recipe.get("seed"), "split": config.split, "images": len(labels_N),
         "data": header.data, "manifest_sha256": manifest.sha256, "device": runtime.describe(), "versions": versions(),
         "date": now()[:10],
     }  # fmt: skip
     return one
 
 
-def _statistics(one: Scored) -> dict[str, Any]:
+def statistics(one: Scored) -> dict[str, Any]:
     """Intervals of the scalar metrics, and the expected calibration error."""
     found = accuracy_intervals(one.counts_C, one.tested_C, one.per_class(one.right_N), one.per_class(one.right5_N))
     return {"intervals": {metric: bounds and list(bounds[1:]) for metric, bounds in found.items()},

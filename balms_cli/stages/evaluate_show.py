@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from ..report.scored import Scored
 from ..reporter import Reporter
 
 _SHOWN = 30
 _COLUMNS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced", "many": "many", "medium": "medium",
             "few": "few", "rarest3": "rarest 3"}  # fmt: skip
+_HEADINGS = list(_COLUMNS.values())
 
 
 def percent(value: float | None) -> str:
@@ -15,15 +17,17 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def show(results: list[dict[str, Any]], reporter: Reporter) -> None:
-    """One table over the runs, an interval under each figure; for a single run, its classes too."""
+def show(scored: list[Scored], names: list[str], reporter: Reporter) -> None:
+    """One table over the runs, by their short ``names``, an interval under each figure; for a single run, its classes too."""
+    results = [one.result for one in scored]
     first = results[0]
-    title = f"{first['data']['name']}, {first['split']} split, {first['images']} images, accuracy %"
+    title = f"{scored[0].manifest.name}, {first['split']} split, {first['images']} images, accuracy %"
     if "target_prior" in first:
         title += f", re-scored for the {first['target_prior']} prior (tau {first['posthoc_tau']:g})"
     title += ", and below it its 95 % interval"
-    rows = [[Path(r["run"]).name, *(with_interval(r[m], r["intervals"][m]) for m in _COLUMNS)] for r in results]
-    reporter.table(title, ["run", *_COLUMNS.values()], rows)
+    rows = [[name, *(with_interval(r[m], r["intervals"][m]) for m in _COLUMNS), percent(r["ece"])]
+            for name, r in zip(names, results, strict=True)]  # fmt: skip
+    reporter.table(title, ["run", *_HEADINGS, "ECE"], rows)
     if len(results) == 1:
         rows = sorted(first["per_class"], key=lambda c: -c["train_count"])
         half = _SHOWN // 2
@@ -41,6 +45,7 @@ def with_interval(value: float | None, interval: list[float] | None) -> str:
 def show_differences(differences: list[dict[str, Any]], left_out: list[str], reporter: Reporter) -> None:
     """What each further run gains over the first on the same images; and which runs have other images."""
     if differences:
+
         def cell(found: dict[str, Any] | None) -> str:
             if found is None:
                 return "–"
@@ -49,7 +54,7 @@ def show_differences(differences: list[dict[str, Any]], left_out: list[str], rep
 
         rows = [[one["run"], *(cell(one["metrics"][m]) for m in _COLUMNS)] for one in differences]
         title = f"points more than {differences[0]['against']} on the same images, and 95 % interval (*: without 0)"
-        reporter.table(title, ["run", *_COLUMNS.values()], rows)
+        reporter.table(title, ["run", *_HEADINGS], rows)
     if left_out:
         reporter.note(f"not compared image by image, as scored on other images: {', '.join(left_out)}")
 
@@ -64,7 +69,7 @@ def show_seeds(groups: list[dict[str, Any]], reporter: Reporter) -> None:
 
     rows = [[f"{one['label']}\n{len(one['runs'])} runs: {one['varied']}", *(cell(one["metrics"][m]) for m in _COLUMNS)]
             for one in groups]  # fmt: skip
-    reporter.table("mean ± standard error over runs that differ in seeds alone", ["method", *_COLUMNS.values()], rows)
+    reporter.table("mean ± standard error over runs that differ in seeds alone", ["method", *_HEADINGS], rows)
 
 
 def show_bound(result: dict[str, Any], reporter: Reporter) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import EvaluateConfig, suggest
+from ..config import EvaluateConfig, PredictConfig, suggest
 from ..engine.header import Header
 from ..errors import ConfigError
 
 NAMED = ("uniform", "train", "reversed")
 
 
-def adjustment(config: EvaluateConfig, header: Header) -> Tensor | None:
+def adjustment(config: EvaluateConfig | PredictConfig, header: Header) -> Tensor | None:
     """What to add to the raw logits [C] in the header's class order, or None. Raises ConfigError (exit 2)."""
     if config.target_prior is None and config.posthoc_tau is None:
         return None

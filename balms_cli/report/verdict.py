@@ -1,0 +1,252 @@
+"""What the numbers say, in plain words, and what to do about it. Every sentence follows from the document by the rules here."""
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .html import Numbers, Safe, join, named, tag
+from .view import GROUP_WORDS, View
+
+FLAT = (0.8, 1.25)  # how far the rarest group's part of p(y) may be from the most frequent group's and still count as level
+SMALL = 0.05  # a gap between groups, as a fraction, that is not worth much trouble
+_NAME = 40  # characters of a name within a sentence
+
+
+@dataclass
+class Verdict:
+    """One sentence, what supports it, and advice: words and, where there is one, a command."""
+
+    headline: Safe
+    points: list[Safe] = field(default_factory=list)
+    advice: list[tuple[Safe, str | None]] = field(default_factory=list)
+
+
+def verdict(view: View, numbers: Numbers) -> Verdict:
+    return _one(view, numbers, 0) if len(view.runs) == 1 else _several(view, numbers)
+
+
+def gap_is_real(view: View, run: int) -> bool | None:
+    """Whether the rarest group lies below the most frequent one by more than the choice of test images explains.
+
+    The two groups share no image, so the interval of their difference follows from theirs (Donner and Zou, 2012).
+    """
+    ends = view.ends(run)
+    if ends is None:
+        return None
+    head, tail = (view.runs[run]["metrics"][group] for group in ends)
+    spread = ((head["value"] - head["low"]) ** 2 + (tail["high"] - tail["value"]) ** 2) ** 0.5
+    return head["value"] - tail["value"] > spread
+
+
+def _gap(view: View, run: int) -> float | None:
+    ends = view.ends(run)
+    return None if ends is None else view.value(run, ends[0]) - view.value(run, ends[1])
+
+
+def _one(view: View, numbers: Numbers, run: int) -> Verdict:
+    found = Verdict(gap_sentence(view, numbers, run))
+    found.points = [point for point in (scores_sentence(view, numbers, run), never_sentence(view, numbers, run),
+                                        _rarest_sentence(view, numbers, run)) if point]  # fmt: skip
+    found.advice = advise(view, numbers, run)
+    return found
+
+
+def _metric(numbers: Numbers, run: int, metric: str) -> Safe:
+    return join([numbers.percent("runs", run, "metrics", metric, "value"), " %"])
+
+
+def gap_sentence(view: View, numbers: Numbers, run: int, name: bool = False) -> Safe:
+    """How the shot groups compare: the page's first sentence for a single run. ``name``: of which run, as one of several."""
+    k, ends = len(view.document["data"]["classes"]), view.ends(run)
+    whose = join(["With ", named(view.runs[run]["name"], _NAME), ", "]) if name else None
+    if k == 1:
+        return Safe("There is only one class, so there is no tail to see: every prediction is right.")
+    if ends is None:
+        return _start(whose, "all tested classes are of one shot group; their accuracy is ",
+                      numbers.percent("runs", run, "metrics", "balanced_accuracy", "value"), " % on average.")  # fmt: skip
+    head, tail = ends
+    a, b = ("runs", run, "metrics", head, "value"), ("runs", run, "metrics", tail, "value")
+    size = tag("strong", numbers.gap(a, b), " points")
+    figures = [numbers.percent(*b), " % against ", numbers.percent(*a), " %."]
+    gap = _gap(view, run)
+    if gap_is_real(view, run) and gap >= SMALL and not name:
+        return join(["The long tail costs ", size, f": {tail}-shot classes are recognised in ", numbers.percent(*b),
+                     f" % of cases, {head}-shot ones in ", numbers.percent(*a), " %."])  # fmt: skip
+    if gap_is_real(view, run):
+        only = "only " if gap < SMALL else ""
+        return _start(whose, f"{tail}-shot classes lie {only}", size, f" below {head}-shot ones: ", *figures)
+    if gap < -SMALL:
+        return _start(whose, f"{tail}-shot classes lie ", size, f" above {head}-shot ones: ", *figures)
+    return _start(whose, f"{tail}-shot and {head}-shot classes do about equally well, ", numbers.percent(*b), " % and ",
+                  numbers.percent(*a), " %; the difference could be chance.")  # fmt: skip
+
+
+def _start(whose: Safe | None, first: str, *rest: Any) -> Safe:
+    return join([whose, first if whose else first[:1].upper() + first[1:], *rest])
+
+
+def scores_sentence(view: View, numbers: Numbers, run: int, name: bool = False) -> Safe | None:
+    """Whether p(y) is flat, said of the two outer groups."""
+    tilt, ends = view.tilt(run), view.ends(run)
+    if tilt is None:
+        return None
+    head, tail = ends
+    whose = join(["The scores of ", named(view.runs[run]["name"], _NAME)]) if name else "Its scores"
+    a, b = (numbers.number("runs", run, "marginal", group, digits=2) for group in ends)
+    said = join([f": on average a {tail}-shot class gets ", b, f" times an even share of the scores, a {head}-shot class ", a,
+                 " times." if view.runs[run]["marginal"]["note"] is None else
+                 " times (the test images are uneven over the classes, which is allowed for)."])  # fmt: skip
+    if tilt < FLAT[0]:
+        return join([whose, " favour the frequent classes", said])
+    if tilt > FLAT[1]:
+        return join([whose, " favour the rare classes", said])
+    return join([whose, " are balanced", said])
+
+
+def never_sentence(view: View, numbers: Numbers, run: int) -> Safe | None:
+    """How many classes are never predicted; None where all are."""
+    never = view.runs[run]["never_predicted"]
+    if not never:
+        return None
+    predicted = view.runs[run]["per_class"]["predicted"]
+    names = [view.document["data"]["classes"][c] for c in view.order[::-1] if predicted[c] == 0][:3]
+    listed = join([" (", join([named(name, 24) for name in names], ", "), ", …)" if never > len(names) else ")"])
+    return join([numbers.count("runs", run, "never_predicted"), " of ", numbers.count("data", "classes", "#"),
+                 " classes ", "is" if never == 1 else "are", " never predicted", listed, "."])  # fmt: skip
+
+
+def _rarest_sentence(view: View, numbers: Numbers, run: int) -> Safe | None:
+    if view.runs[run]["metrics"]["rarest3"] is None:
+        return None
+    return join(["The three rarest classes reach ", _metric(numbers, run, "rarest3"), "."])
+
+
+def advise(view: View, numbers: Numbers, run: int) -> list[tuple[Safe, str | None]]:
+    """What to do about a run."""
+    one, tilt, gap = view.runs[run], view.tilt(run), _gap(view, run)
+    backbone = shlex.quote(_backbone_of(one))
+    if tilt is None or gap is None:
+        return []
+    if view.document["target_prior"] is not None:
+        return [(Safe("These scores are re-scored for another class prior; without training, no more can be had."), None)]
+    if tilt < FLAT[0]:
+        advice = [(Safe("Train a new last layer that does not favour the frequent classes (minutes, on the same backbone):"),
+                   f"balms retrain {backbone} --loss balanced --meta-sampler")]  # fmt: skip
+        if one["loss"] == "balanced" and one["stage"] == "retrain":
+            advice = [(Safe("Its loss is balanced, but its scores are not yet: train it longer, with a learned sampler."),
+                       f"balms retrain {backbone} --loss balanced --meta-sampler --steps {_steps(one)}")]  # fmt: skip
+        return [*advice, (Safe("See at once, without training, what another prior gives:"),
+                          f"balms evaluate {shlex.quote(one['run'])} --target-prior uniform")]  # fmt: skip
+    balancing = one["sampler"] in ("class", "square-root", "progressive")
+    if tilt > FLAT[1] and balancing and one["loss"] in ("balanced", "logit-adjusted"):
+        return [(Safe("A balancing sampler on top of a balanced loss over-balances. Leave the sampler out:"),
+                 f"balms retrain {backbone} --loss balanced --meta-sampler")]  # fmt: skip
+    if tilt > FLAT[1]:
+        return [(Safe("The rare classes are favoured more than even. Weaken the loss's margins:"),
+                 f"balms retrain {backbone} --loss balanced --loss-exponent 0.75")]  # fmt: skip
+    if gap_is_real(view, run) and gap >= SMALL:
+        worst = _weakest(view, run)
+        names = join([named(view.document["data"]["classes"][c], 24) for c in worst], ", ")
+        return [(join(["The scores are level, so what is left of the gap is what few images cannot teach. More images help "
+                       "most for the classes that do worst: ", names, "."]), None), *_better_backbone(view, one)]  # fmt: skip
+    return [(Safe("For the tail there is nothing to mend: the scores are level and the groups do about equally well."), None)]
+
+
+def _better_backbone(view: View, one: dict[str, Any]) -> list[tuple[Safe, str]]:
+    source, data = view.document["data"]["source"], shlex.quote(str(one["provenance"]["manifest"]))
+    if source == "digits":
+        return []  # a backbone of a few minutes is all that they need
+    if source in ("cifar10", "cifar100"):
+        return [(Safe("Or train the backbone longer, with stronger augmentation (on a GPU):"),
+                 f"balms pretrain {data} --preset paper")]  # fmt: skip
+    return [(Safe("Or start from a backbone that has seen more images than yours:"),
+             f"balms pretrain {data} --backbone resnet18 --weights imagenet")]  # fmt: skip
+
+
+def _weakest(view: View, run: int, most: int = 3) -> list[int]:
+    """The classes with the lowest accuracy; of equals the rarer ones."""
+    accuracy = view.runs[run]["per_class"]["accuracy"]
+    counts = view.of(run, "train_counts")
+    tested = [c for c in range(len(counts)) if accuracy[c] is not None]
+    return sorted(tested, key=lambda c: (accuracy[c], counts[c]))[:most]
+
+
+def _backbone_of(one: dict[str, Any]) -> str:
+    """The stage-1 run that a command on this run's backbone starts from."""
+    parent = one["provenance"]["parent"]
+    return one["run"] if one["stage"] == "pretrain" or not isinstance(parent, str) else str(Path(parent).parent)
+
+
+def _steps(one: dict[str, Any]) -> int:
+    steps = one["recipe"].get("steps", {}).get("value")
+    return 2 * steps if isinstance(steps, int) and steps > 0 else 2000
+
+
+def _several(view: View, numbers: Numbers) -> Verdict:
+    """The best run against the first, then what each of the two is like."""
+    best, first = view.best, named(view.runs[0]["name"], _NAME)
+    name = named(view.runs[best]["name"], _NAME)
+    found = view.difference(best) if best else None
+    if best == 0:
+        headline = join(["No run is better than ", first, " over all classes, which has ",
+                         _metric(numbers, 0, "balanced_accuracy"), "."])  # fmt: skip
+    elif found is None or found["metrics"]["balanced_accuracy"] is None:
+        headline = join([name, " has the highest accuracy over all classes, ", _metric(numbers, best, "balanced_accuracy"),
+                         " against ", _metric(numbers, 0, "balanced_accuracy"), " of ", first,
+                         ", but on other images: how much of that is chance cannot be told."])  # fmt: skip
+    else:
+        headline = _best_sentence(view, numbers, best, found, name, first)
+    verdict = Verdict(headline)
+    verdict.points = [p for p in (_costs(view, numbers, best, found) if found else None,
+                                  gap_sentence(view, numbers, 0, name=True),
+                                  gap_sentence(view, numbers, best, name=True) if best else None,
+                                  scores_sentence(view, numbers, 0, name=True),
+                                  scores_sentence(view, numbers, best, name=True) if best else None) if p]  # fmt: skip
+    if best and found and _real(found, "balanced_accuracy"):
+        verdict.advice = [(join(["Use ", name, ":"]), f"balms predict {shlex.quote(view.runs[best]['run'])} IMAGES")]
+    verdict.advice += advise(view, numbers, best)
+    return verdict
+
+
+def _real(found: dict[str, Any], metric: str) -> bool:
+    bounds = found["metrics"][metric]
+    return bounds is not None and bounds["real"]
+
+
+def _place(view: View, found: dict[str, Any], metric: str) -> tuple:
+    return ("differences", view.document["differences"].index(found), "metrics", metric)
+
+
+def _points_with_interval(view: View, numbers: Numbers, found: dict[str, Any], metric: str) -> Safe:
+    path = _place(view, found, metric)
+    return join([tag("strong", numbers.points(*path, "value"), " points"), " (", numbers.signed(*path, "low"), " to ",
+                 numbers.signed(*path, "high"), ")"])  # fmt: skip
+
+
+def _best_sentence(view: View, numbers: Numbers, best: int, found: dict[str, Any], name: Safe, first: Safe) -> Safe:
+    ends = view.ends(best)
+    tail = ends[1] if ends and found["metrics"].get(ends[1]) else None
+    overall = _points_with_interval(view, numbers, found, "balanced_accuracy")
+    if not _real(found, "balanced_accuracy"):
+        return join([name, " leads ", first, " by ", overall, " over all classes, which could be chance: it may be 0."])
+    if tail and _real(found, tail) and found["metrics"][tail]["value"] > 0:
+        return join([name, f" recognises {tail}-shot classes better than ", first, " by ",
+                     _points_with_interval(view, numbers, found, tail), ", and all classes by ", overall,
+                     ". Both differences are real."])  # fmt: skip
+    return join([name, " is better than ", first, " by ", overall, " over all classes. The difference is real."])
+
+
+def _costs(view: View, numbers: Numbers, best: int, found: dict[str, Any]) -> Safe | None:
+    ends = view.ends(best)
+    if ends is None or found["metrics"][ends[0]] is None:
+        return None
+    group, bounds = GROUP_WORDS[ends[0]], found["metrics"][ends[0]]
+    if not bounds["real"]:
+        return join([f"On {group} classes no difference can be told: ",
+                     numbers.signed(*_place(view, found, ends[0]), "value"), " points, interval ",
+                     numbers.signed(*_place(view, found, ends[0]), "low"), " to ",
+                     numbers.signed(*_place(view, found, ends[0]), "high"), "."])  # fmt: skip
+    verb = "It costs " if bounds["value"] < 0 else "It also gains "
+    return join([verb, _points_with_interval(view, numbers, found, ends[0]), f" on {group} classes."])
+
