@@ -30,8 +30,10 @@ Estimator = Literal["class", "image", "expected"]
 Hypergradient = Literal["auto", "closed-form", "jvp", "higher"]
 MetaSet = Literal["train", "meta"]
 # "on" and "off" may also be said as true and false, as older runs do.
-Compile = Annotated[Literal["off", "on", "cuda-graphs"],
-                    BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)]  # fmt: skip
+Compile = Annotated[
+    Literal["off", "on", "cuda-graphs"],
+    BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value),
+]
 Augmentation = Literal["resized-crop", "crop", "flip", "autoaugment", "cutout"]
 
 
@@ -134,7 +136,7 @@ class PretrainConfig(TrainConfig):
     image_size: int = Field(32, ge=8, le=1024, description="pixels a side fed to the network")
     augment: list[Augmentation] = Field(["crop", "flip", "cutout"], description="training augmentation, applied in this order")
     compile: Compile = Field(
-        "off", description="torch.compile the backbone (on; about a minute of start-up), on a GPU also as CUDA graphs (cuda-graphs)"
+        "off", description="on: torch.compile the backbone (a minute of start-up); cuda-graphs: also as CUDA graphs, on a GPU"
     )
     sync_batch_norm: bool = Field(False, description="several GPUs: BatchNorm statistics over all of them")
     classifier: Literal["auto", "linear", "cosine"] = Field(

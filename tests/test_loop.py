@@ -207,7 +207,8 @@ def test_every_stage_resumes_bit_for_bit(chain, tmp_path, monkeypatch, name, cut
 def test_a_compiled_network_trains_like_the_plain_one(chain, tmp_path):
     """The same sums in another order: the first losses agree to a part in a thousand, and the checkpoint has the same names."""
     for how in ("off", "on"):
-        done = invoke("pretrain", chain.manifest, *SMALL, "--compile", how, "--precision", "fp32", "--out", tmp_path / how, "-q")
+        options = [*SMALL, "--compile", how, "--precision", "fp32"]
+        done = invoke("pretrain", chain.manifest, *options, "--out", tmp_path / how, "--quiet")
         assert done.code == 0, done.err
     plain, compiled = losses(RunDir(tmp_path / "off")), losses(RunDir(tmp_path / "on"))
     assert [r["loss"] for r in compiled[:6]] == pytest.approx([r["loss"] for r in plain[:6]], rel=1e-3)

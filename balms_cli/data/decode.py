@@ -23,7 +23,8 @@ class BadImage(Exception):
     """One image that cannot be read; the message is the reason, in a word or two."""
 
 
-def read_image(path: str | Path, size: int | None, crop: Callable[[int, int], Box] | None = None) -> np.ndarray | None:
+def read_image(path: str | Path, size: int | None, crop: Callable[[int, int], Box] | None = None, *,
+               resample: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray | None:  # fmt: skip
     """One image as uint8 [3, size, size], RGB; ``size`` None: decode it in full and give nothing back.
 
     ``crop``: which part of the upright image to keep, from its width and height (default: the centre square). EXIF
@@ -42,11 +43,11 @@ def read_image(path: str | Path, size: int | None, crop: Callable[[int, int], Bo
             _draft(image, size, min(image.size) if box is None else min(box[2:]))
             upright = _to_rgb(ImageOps.exif_transpose(image))
             if box is None:
-                return fit(upright, size)
+                return fit(upright, size, resample)
             x, y = upright.width / whole[0], upright.height / whole[1]  # as the decoder scaled it
             left, top, width, height = box
             edges = (left * x, top * y, (left + width) * x, (top + height) * y)
-            return np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC, box=edges)).transpose(2, 0, 1)
+            return np.asarray(upright.resize((size, size), resample, box=edges)).transpose(2, 0, 1)
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes; each is a bad image, not a bug

@@ -158,7 +158,7 @@ def _load_digits(manifest: Manifest, part: Split, size: int) -> np.ndarray:
         if not (number.isascii() and number.isdigit() and 1 <= int(number) <= len(small)):
             raise DataError(f"{manifest.name}: '{printable(key)}' is not an image of the digits")
         image = Image.fromarray(small[int(number) - 1]).convert("RGB")
-        pixels[i] = fit(image, size, Image.Resampling.BILINEAR)
+        pixels[i] = fit(image, size, resampling("digits"))
     return pixels
 
 
@@ -181,6 +181,11 @@ def _load_cifar(manifest: Manifest, part: Split, size: int) -> np.ndarray:
         root = manifest.source["root"]
         raise DataError(f"{manifest.name}: {len(part) - filled} of {len(part)} images are not in {root}")
     return pixels
+
+
+def resampling(kind: str | None) -> Image.Resampling:
+    """How images of a source of this kind are resized for training."""
+    return Image.Resampling.BILINEAR if kind == "digits" else Image.Resampling.BICUBIC
 
 
 def fits_memory(count: int, size: int) -> bool:

@@ -4,7 +4,6 @@ Nothing here holds more than a few batches of images, and the file names of one 
 """
 
 import os
-import stat
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -12,11 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
+from PIL import Image
 
 from .decode import BadImage, read_image
 from .feed import AHEAD
 from .folders import EXTENSIONS, is_inside
-from .images import default_workers
+from .images import default_workers, resampling
 
 Found = tuple[str, str | None]  # a path, and why it is not to be read
 Read = tuple[str, np.ndarray | str]  # a path, and its pixels uint8 [3, size, size] or why there are none
@@ -64,23 +64,25 @@ def _walk(top: str, passed: Counter[str]) -> Iterator[Found]:
                 yield path, error.strerror or str(error)
 
 
-def read_batches(found: Iterable[Found], size: int, batch_size: int, workers: int | None = None) -> Iterator[list[Read]]:
+def read_batches(found: Iterable[Found], size: int, batch_size: int, workers: int | None = None, *, kind: str | None = None
+                 ) -> Iterator[list[Read]]:  # fmt: skip
     """Pixels in the order of ``found``, exactly those that training reads from the same file, ``batch_size`` at a time.
 
     ``workers``: decoder threads (default: one a processor, 8 at most; 0: the caller reads). AHEAD batches are read ahead.
+    ``kind``: of the source that was trained on.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF and the like; what matters is checked, see decode.py
-    found, workers = iter(found), default_workers() if workers is None else workers
+    found, resample, workers = iter(found), resampling(kind), default_workers() if workers is None else workers
     if workers == 0:
         while batch := list(islice(found, batch_size)):
-            yield [(path, _read(path, problem, size)) for path, problem in batch]
+            yield [(path, _read(path, problem, size, resample)) for path, problem in batch]
         return
     pool = ThreadPoolExecutor(workers, "balms-decode")
     pending: deque[list[tuple[str, Future]]] = deque()
     try:
         while True:
             while len(pending) <= AHEAD and (batch := list(islice(found, batch_size))):
-                pending.append([(path, pool.submit(_read, path, problem, size)) for path, problem in batch])
+                pending.append([(path, pool.submit(_read, path, problem, size, resample)) for path, problem in batch])
             if not pending:
                 return
             yield [(path, pixels.result()) for path, pixels in pending.popleft()]
@@ -88,14 +90,8 @@ def read_batches(found: Iterable[Found], size: int, batch_size: int, workers: in
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(path: str, problem: str | None, size: int) -> np.ndarray | str:
-    if problem is not None:
-        return problem
+def _read(path: str, problem: str | None, size: int, resample: Image.Resampling) -> np.ndarray | str:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return "not a file"  # a pipe or a device would keep its reader waiting for ever
-        return read_image(path, size)
-    except FileNotFoundError:
-        return "missing"
-    except (BadImage, OSError, ValueError) as error:
-        return getattr(error, "strerror", None) or str(error)
+        return problem or read_image(path, size, resample=resample)
+    except BadImage as error:
+        return str(error)

@@ -37,7 +37,7 @@ def label(name: str, most: int = 28) -> str:
     return f"\u200b{shown}" if shown.startswith("_") else shown  # matplotlib leaves such names out of legends
 
 
-def canvas(height: float, *, left: float = LEFT, right: float = 0.16, top: float = 0.34, bottom: float = 0.5):
+def canvas(height: float, *, left: float = LEFT, right: float = 0.24, top: float = 0.34, bottom: float = 0.5):
     """A figure of the page's width and one pair of axes; the height is the axes', margins come on top. All in inches."""
     from matplotlib.figure import Figure
 
@@ -68,11 +68,16 @@ def room(names: list[str]) -> float:
     return 0.14 + (0.2 * math.ceil(len(names) / _columns(names)) if names else 0)
 
 
-def logarithmic(axis, low: float, high: float) -> None:
-    """Ticks of a logarithmic axis from ``low`` to ``high``, written out: 1, 10, 100, and 2 and 5 where there is room."""
+def logarithmic(axis, low: float, high: float, narrow: bool = False) -> None:
+    """Ticks of a logarithmic axis from ``low`` to ``high``, written out: 1, 10, 100, and 2 and 5 where there is room.
+
+    ``narrow``: a thousand is 1k.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     def written(x: float, _: int) -> str:
+        if narrow and x >= 1000:
+            return f"{x / 1000:g}k"
         return f"{x:,.0f}" if x >= 1 else f"{x:g}"
 
     subs = (1,) if high / low > 300 else (1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8)
@@ -102,7 +107,7 @@ def class_axis(axes, view: View) -> None:
 def class_room(view: View) -> float:
     """Inches under the axes that :func:`class_axis` needs."""
     names = [label(view.document["data"]["classes"][c], 10) for c in view.order] if len(view.order) <= NAMED else []
-    return 0.5 if not names or not _slanted(names) else 0.46 + 0.052 * max(len(name) for name in names)
+    return 0.5 if not names or not _slanted(names) else 0.44 + 0.042 * max(len(name) for name in names)
 
 
 def _slanted(names: list[str]) -> bool:

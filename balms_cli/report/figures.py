@@ -34,7 +34,7 @@ def class_counts(view: View) -> Drawn:
     high = counts_C.max() * 1.35
     axes.set_yscale("log")
     axes.set(ylim=(low, high), ylabel="training images")
-    logarithmic(axes.yaxis, low, 1e9)  # decades alone: bars need no finer scale
+    logarithmic(axes.yaxis, low, 1e9, narrow=True)  # decades alone: bars need no finer scale
     class_axis(axes, view)
     legend(axes, ["many-shot", "medium-shot", "few-shot"])
     said = (f"Training images of {len(order):,} classes, from {counts_C.max():,} down to {counts_C.min():,}, the most frequent "
@@ -115,7 +115,7 @@ def curves(view: View, stage: str) -> Drawn | None:
     least = min(min(curve["loss"]) for *_, curve in found)
     if least > 0 and high / least > 8:
         axes.set_yscale("log")
-        logarithmic(axes.yaxis, *axes.get_ylim())
+        logarithmic(axes.yaxis, *axes.get_ylim(), narrow=True)
     else:
         axes.set_ylim(min(0.0, low), high)
     axes.tick_params(axis="x", labelbottom=False)

@@ -80,7 +80,7 @@ def _intervals(rows: list[tuple[int, str, dict[str, tuple[str, dict | None]]]], 
             axes.axhline(y, color=LIGHT["line"], linewidth=0.7)
     axes.set_ylim(y, 0)
     axes.set_yticks(ticks, [GROUP_WORDS[metric] for metric in blocks])
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=8)
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
     if names:
@@ -152,7 +152,7 @@ def confusion(view: View, run: int) -> Drawn:
     table = view.runs[run]["confusion"]["groups"]
     rows = [group for group in GROUPS if table[group] is not None]
     left_C = {"right": 0.0, **{group: 1.14 + x for x, group in enumerate(GROUPS)}}
-    figure, axes = canvas(0.44 * len(rows), left=1.05, right=0.12, top=0.52, bottom=0.06)
+    figure, axes = canvas(0.44 * len(rows), left=1.05, right=0.16, top=0.52, bottom=0.06)
     for y, group in enumerate(rows):
         for cell, x in left_C.items():
             value = table[group][cell]

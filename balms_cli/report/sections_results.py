@@ -181,7 +181,8 @@ def _class_table(page: Parts) -> Safe:
     head += ["rate"] if rated else []
     rows = []
     for c in order:
-        cells = [join([named(page.document["data"]["classes"][c], 60), " ", group_key(groups_of[c])]),
+        mark = group_key(groups_of[c]) if page.several else tag("div", group_key(groups_of[c]))
+        cells = [join([named(page.document["data"]["classes"][c], 60), " ", mark]),
                  n.count("data", "train_counts", c), n.count("data", "test_counts", c)]  # fmt: skip
         if page.several:
             cells += [n.percent("runs", i, "per_class", "accuracy", c) for i in view.shown]

@@ -3,6 +3,7 @@
 from . import figures, figures_accuracy
 from .html import Safe, join, table, tag
 from .parts import Parts, folded, grid, group_key, say, section
+from .view import View
 
 _PAIRS = 12  # of a single run; of each of several runs half as many
 GROUPS = ("many", "medium", "few")
@@ -10,9 +11,9 @@ GROUPS = ("many", "medium", "few")
 
 def pairs_of(document: dict) -> list[tuple[int, int]]:
     """(run, pair) of the confused pairs that the page shows."""
-    runs = document["runs"]
-    most = _PAIRS if len(runs) == 1 else _PAIRS // 2
-    return [(i, p) for i, run in enumerate(runs[:6]) for p in range(min(most, len(run["confusion"]["pairs"])))]
+    view = View(document)
+    most = _PAIRS if len(view.runs) == 1 else _PAIRS // 2
+    return [(i, p) for i in view.shown for p in range(min(most, len(view.runs[i]["confusion"]["pairs"])))]
 
 
 def wanted(document: dict) -> list[tuple[int, str]]:

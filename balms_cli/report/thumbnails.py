@@ -12,18 +12,17 @@ from ..data.index import Split
 from ..errors import DataError
 from .scored import Scored
 
-SIZE = 96  # pixels of a side, at most
-_MOST = 400  # pictures in one page: about 3 kB each
+SIZE = 96  # pixels of a side, at most: about 3 kB
 
 
 def thumbnails(scored: list[Scored], wanted: list[tuple[int, str]]) -> dict[tuple[int, str], str]:
-    """``data:`` URIs of images by (run, key). One that can no longer be read is not there, and none is after the 400th."""
+    """``data:`` URIs of images by (run, key). One that can no longer be read is not there."""
     found: dict[tuple[int, str], str] = {}
     seen: dict[tuple[str, str, str], str | None] = {}  # runs of one data set show the same images
     for run in sorted({run for run, _ in wanted}):
         one = scored[run]
         source = (one.manifest.source["kind"], one.manifest.source["root"])
-        keys = [key for r, key in dict.fromkeys(wanted[:_MOST]) if r == run]
+        keys = [key for r, key in dict.fromkeys(wanted) if r == run]
         new = [key for key in keys if (*source, key) not in seen]
         seen |= {(*source, key): uri for key, uri in zip(new, _read(one, new), strict=True)}
         found |= {(run, key): seen[(*source, key)] for key in keys if seen[(*source, key)] is not None}

@@ -100,8 +100,8 @@ def check_meta_set(meta_set: str, manifest: Manifest) -> None:
 
 
 def data_summary(manifest: Manifest) -> dict[str, Any]:
-    return {"name": manifest.name, "source": manifest.source["name"], "images": len(manifest.splits["train"]),
-            "imbalance_factor": manifest.imbalance_factor}  # fmt: skip
+    return {"name": manifest.name, "source": manifest.source["name"], "kind": manifest.source["kind"],
+            "images": len(manifest.splits["train"]), "imbalance_factor": manifest.imbalance_factor}  # fmt: skip
 
 
 def finish(run: RunDir, model: Classifier, header: Header, manifest: Manifest, report: dict[str, Any], runtime: Runtime

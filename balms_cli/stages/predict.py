@@ -79,8 +79,8 @@ class Predictor:
         Raises: CheckpointError where the network's answer is not a number.
         """
         found = find_images(map(str, paths), passed)
-        size, config = self.header.image_size, self.config
-        with closing(read_batches(found, size, config.batch_size, config.workers)) as reader:
+        size, kind, config = self.header.image_size, self.header.data.get("kind"), self.config
+        with closing(read_batches(found, size, config.batch_size, config.workers, kind=kind)) as reader:
             for batch in reader:
                 good = [pixels for _, pixels in batch if not isinstance(pixels, str)]
                 named = iter(self._top(torch.from_numpy(np.stack(good))) if good else ())
