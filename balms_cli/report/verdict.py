@@ -1,5 +1,6 @@
 """What the numbers say, in plain words, and what to do about it. Every sentence follows from the document by the rules here."""
 
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,7 +126,7 @@ def _rarest_sentence(view: View, numbers: Numbers, run: int) -> Safe | None:
 def advise(view: View, numbers: Numbers, run: int) -> list[tuple[Safe, str | None]]:
     """What to do about a run."""
     one, tilt, gap = view.runs[run], view.tilt(run), _gap(view, run)
-    backbone = shlex.quote(_backbone_of(one))
+    backbone = _typed(_backbone_of(one))
     if tilt is None or gap is None:
         return []
     if view.document["target_prior"] is not None:
@@ -137,7 +138,7 @@ def advise(view: View, numbers: Numbers, run: int) -> list[tuple[Safe, str | Non
             advice = [(Safe("Its loss is balanced, but its scores are not yet: train it longer, with a learned sampler."),
                        f"balms retrain {backbone} --loss balanced --meta-sampler --steps {_steps(one)}")]  # fmt: skip
         return [*advice, (Safe("See at once, without training, what another prior gives:"),
-                          f"balms evaluate {shlex.quote(one['run'])} --target-prior uniform")]  # fmt: skip
+                          f"balms evaluate {_typed(one['run'])} --target-prior uniform")]  # fmt: skip
     balancing = one["sampler"] in ("class", "square-root", "progressive")
     if tilt > FLAT[1] and balancing and one["loss"] in ("balanced", "logit-adjusted"):
         return [(Safe("A balancing sampler on top of a balanced loss over-balances. Leave the sampler out:"),
@@ -153,8 +154,14 @@ def advise(view: View, numbers: Numbers, run: int) -> list[tuple[Safe, str | Non
     return [(Safe("For the tail there is nothing to mend: the scores are level and the groups do about equally well."), None)]
 
 
+def _typed(path: str) -> str:
+    """A path as one would type it here: relative where it lies below."""
+    below = Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd())
+    return shlex.quote(os.path.relpath(path) if below else str(path))
+
+
 def _better_backbone(view: View, one: dict[str, Any]) -> list[tuple[Safe, str]]:
-    source, data = view.document["data"]["source"], shlex.quote(str(one["provenance"]["manifest"]))
+    source, data = view.document["data"]["source"], _typed(one["provenance"]["manifest"])
     if source == "digits":
         return []  # a backbone of a few minutes is all that they need
     if source in ("cifar10", "cifar100"):
@@ -204,7 +211,7 @@ def _several(view: View, numbers: Numbers) -> Verdict:
                                   scores_sentence(view, numbers, 0, name=True),
                                   scores_sentence(view, numbers, best, name=True) if best else None) if p]  # fmt: skip
     if best and found and _real(found, "balanced_accuracy"):
-        verdict.advice = [(join(["Use ", name, ":"]), f"balms predict {shlex.quote(view.runs[best]['run'])} IMAGES")]
+        verdict.advice = [(join(["Use ", name, ":"]), f"balms predict {_typed(view.runs[best]['run'])} IMAGES")]
     verdict.advice += advise(view, numbers, best)
     return verdict
 
