@@ -49,7 +49,7 @@ def plan(data: Path, device: str, rehearse: bool) -> list[Part]:
         check("sync-batch-norm", device, data, 60),
         Part("paper preset", paper, 300, CONFIGURED),
         Part("bench_engine", [*engine, "--nets", "resnet32"], 90, CONFIGURED),
-        Part("bench_engine compiled", [*engine, "--nets", "resnet32", *compiled], 120, CONFIGURED),
+        Part("bench_engine compiled", [*engine, "--nets", "resnet32", *compiled], 150, CONFIGURED),
         Part("bench_retrain", retrain, 120, (*CONFIGURED, "higher")),
         check("compile", device, data, 150, CONFIGURED),
         Part("bench_engine resnet50", [*engine, "--nets", "resnet50"], 120, CONFIGURED),
@@ -92,7 +92,7 @@ def paper_run(data: Path, device: str, rehearse: bool) -> dict[str, Any]:
         manifest = balms("make-lt", "cifar100", "--imbalance", "200", options=("--data-root", str(data), "--offline"))
         began = time.monotonic()
         stage1 = balms("pretrain", options=(*place, "--preset", "paper", *few))
-        found = {"data": "cifar100-lt IF 200", "manifest_sha256": manifest.get("sha256"), "pretrain": stage1,
+        found = {"data": "cifar100-lt IF 200", "manifest_sha256": manifest["manifest_sha256"], "pretrain": {k: v for k, v in stage1.items() if k != "run"},
                  "pretrain_wall_seconds": round(time.monotonic() - began, 1)}  # fmt: skip
         bank = ("--set", "views=1", "--set", "class_rows=1") if rehearse else ()
         for name, options in {"balanced": ("--loss", "balanced"), "balms": ("--loss", "balanced", "--meta-sampler")}.items():

@@ -427,7 +427,9 @@ class TestCommand:
 
         def start():
             feeder = subprocess.Popen(["yes", photo], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            process = subprocess.Popen(program, stdin=feeder.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            # A shell's background jobs ignore SIGINT, and so would what they start.
+            process = subprocess.Popen(program, stdin=feeder.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
             feeder.stdout.close()
             return process, feeder
 

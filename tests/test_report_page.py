@@ -238,7 +238,9 @@ def test_a_dollar_is_a_dollar_in_figures(labels, slow_png):
 
 def test_the_same_document_makes_the_same_bytes_and_matplotlib_stays_as_it_was(single, slow_png):
     import matplotlib
+    from matplotlib import _pylab_helpers
 
+    shown = dict(_pylab_helpers.Gcf.figs)
     html, files = render(single, {})
     before = dict(matplotlib.rcParams)
     try:
@@ -249,9 +251,7 @@ def test_the_same_document_makes_the_same_bytes_and_matplotlib_stays_as_it_was(s
     finally:
         matplotlib.rcParams.update(before)
     assert again == html and files_again == files
-    from matplotlib import _pylab_helpers
-
-    assert not _pylab_helpers.Gcf.figs  # nothing that a notebook would show
+    assert _pylab_helpers.Gcf.figs == shown  # nothing more that a notebook would show
 
 
 def test_one_class_only(tmp_path):

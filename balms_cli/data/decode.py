@@ -56,7 +56,7 @@ def read_image(path: str | Path, size: int | None, crop: Callable[[int, int], Bo
 
 def open_image(path: str | Path) -> Image.Image:
     """The image, its pixels not yet decoded. A pipe or device is refused: to open one may wait for ever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if isinstance(path, str | os.PathLike) and not stat.S_ISREG(os.stat(path).st_mode):
         raise BadImage("not a regular file")
     Image.init()
     return Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
