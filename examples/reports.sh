@@ -26,5 +26,19 @@ for classes in 10 100; do
     # One page for what the methods do, one for the same over seeds.
     balms evaluate "$at"/{softmax,balanced-0,balms-0} --report "$at/report" --overwrite -q > /dev/null
     balms evaluate "$at"/{softmax,balanced-{0,1,2},balms-{0,1,2}} --report "$at/report-seeds" --overwrite -q > /dev/null
+    # What the two pages say in figures, for examples/results/.
+    python3 - "$at" << 'END' > "$at/figures.json"
+import json, sys
+pages = [json.load(open(f"{sys.argv[1]}/{name}/report.json")) for name in ("report", "report-seeds")]
+first, seeds = pages
+print(json.dumps({
+    "command": "bash examples/reports.sh DATA_ROOT OUT", "date": first["created"][:10], "device": first["device"],
+    "versions": first["versions"], "data": {k: first["data"][k] for k in ("name", "manifest_sha256", "imbalance_factor", "gini")},
+    "images": first["images"], "differences": first["differences"], "seeds": seeds["seeds"],
+    "runs": [{"name": r["name"], "metrics": r["metrics"], "ece": r["calibration"]["all"]["ece"],
+              "never_predicted": r["never_predicted"],
+              "p_of_y_by_group": r["marginal"]} for r in first["runs"]],
+}, indent=1))
+END
 done
 ls "$PWD"/digits/index.html "$PWD"/c10*/report*/index.html

@@ -2,9 +2,10 @@
 
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,11 @@ from .aside import printable
 
 # Plain raster formats only: Pillow's others can start programs (EPS) or hold no pixels of their own.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
-
+BIG = 32_000_000  # pixels; images above that are decoded one at a time, so that threads do not multiply their memory
+_one_big = threading.Lock()
+_STRIP = 1 << 20  # values that are scaled to 8 bits at a time
+_DAMAGED = ("truncated", "not enough image data", "broken data stream", "unrecognized data stream", "decoder object")
+_HEIF = (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")  # from byte 4 on, of a phone's HEIC photo
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 
@@ -34,20 +39,21 @@ def read_image(path: str | Path, size: int | None, crop: Callable[[int, int], Bo
     try:
         with open_image(path) as image:
             check_size(image)
-            if size is None:
-                image.load()
-                return None
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            whole = image.size[::-1] if turned else image.size
+            whole = upright_size(image)
             box = None if crop is None else crop(*whole)
-            _draft(image, size, min(image.size) if box is None else min(box[2:]))
-            upright = _to_rgb(ImageOps.exif_transpose(image))
-            if box is None:
-                return fit(upright, size, resample)
-            x, y = upright.width / whole[0], upright.height / whole[1]  # as the decoder scaled it
-            left, top, width, height = box
-            edges = (left * x, top * y, (left + width) * x, (top + height) * y)
-            return np.asarray(upright.resize((size, size), resample, box=edges)).transpose(2, 0, 1)
+            if size is not None:
+                _draft(image, size, min(image.size) if box is None else min(box[2:]))
+            with _one_big if image.width * image.height > BIG else nullcontext():
+                image.load()
+                if size is None:
+                    return None
+                upright = _upright(image)
+                if box is None:
+                    return fit(upright, size, resample)
+                x, y = upright.width / whole[0], upright.height / whole[1]  # as the decoder scaled it
+                left, top, width, height = box
+                edges = (left * x, top * y, (left + width) * x, (top + height) * y)
+                return np.asarray(upright.resize((size, size), resample, box=edges)).transpose(2, 0, 1)
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes; each is a bad image, not a bug
@@ -60,6 +66,12 @@ def open_image(path: str | Path) -> Image.Image:
         raise BadImage("not a regular file")
     Image.init()
     return Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height once EXIF's turn is applied. Those of a TIFF file Pillow gives so by itself."""
+    turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 def check_size(image: Image.Image) -> None:
@@ -77,19 +89,32 @@ def _draft(image: Image.Image, size: int, shorter: int) -> None:
         image.draft(None, (round(image.width * scale), round(image.height * scale)))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode[0] in "IF":  # 16 and 32 bits a pixel: Pillow would clip, not scale
-        values = np.asarray(image, dtype=np.float64)
-        highest = values.max(initial=0)
-        top = 65535.0
-        if image.mode in ("I", "F") and highest <= 255:  # the mode does not say its range; its values do
-            top = 1.0 if image.mode == "F" and highest <= 1 else 255.0
-        image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+def _upright(image: Image.Image) -> Image.Image:
+    """A decoded image turned upright, as RGB of 8 bits; ``image`` itself where it is that already."""
+    # A TIFF file of 16 bits whose 0 is white: the only kind that Pillow leaves as a negative.
+    negative = image.format == "TIFF" and image.mode == "I;16" and image.tag_v2.get(262) == 0
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":
+        image = _to_8_bits(image, negative)
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # by way of alpha: a transparent palette entry keeps its colour
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, negative: bool) -> Image.Image:
+    """16 and 32 bits a pixel scaled to 8, where Pillow would clip. A strip at a time, as this takes ten times the memory."""
+    values = np.asarray(image)
+    top = 65535.0
+    if image.mode in ("I", "F"):  # the mode does not say its range; its values do
+        highest = values.max(initial=0, where=np.isfinite(values))
+        if highest <= 255:
+            top = 1.0 if image.mode == "F" and highest <= 1 else 255.0
+    scaled = np.empty(values.shape, dtype=np.uint8)
+    rows = max(1, _STRIP // max(1, image.width))
+    for first in range(0, len(values), rows):
+        strip = np.nan_to_num(values[first : first + rows].astype(np.float64)).clip(0, top) * (255 / top)
+        scaled[first : first + rows] = (255 - strip if negative else strip).round()
+    return Image.fromarray(scaled)
 
 
 def fit(image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
@@ -105,13 +130,21 @@ def _reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, FileNotFoundError):
         return "missing"
     if isinstance(error, UnidentifiedImageError):
-        return "not an image" if os.path.getsize(path) else "empty"
+        first = _first_bytes(path)
+        if first[4:].startswith(_HEIF):
+            return "a HEIC photo: convert it to JPEG"
+        return "not an image" if first else "empty"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels"
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or str(error)
     text = printable(str(error)) or type(error).__name__
-    return "truncated" if "truncated" in text.lower() else text[:80]
+    return "truncated" if any(part in text.lower() for part in _DAMAGED) else text[:80]
+
+
+def _first_bytes(path: str | Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(12)
 
 
 @contextmanager

@@ -6,14 +6,15 @@ features of augmented views; rare classes get more views an image, so that every
 Shapes: N images, R rows, D features, B batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..reporter import Reporter
-from .feed import Batches, Images, View, view_of
+from .bank import BankFile
+from .feed import Images, View, view_of
 from .samplers import mix
 from .transforms import augment, normalise
 
@@ -23,17 +24,21 @@ _VIEW_STREAM = 3
 
 @dataclass(frozen=True)
 class FeatureBank:
-    """Rows of image i are ``features[starts[i] : starts[i] + views[i]]``."""
+    """Rows of image i are ``features[starts[i] : starts[i] + views[i]]``. ``features`` may lie elsewhere than the others."""
 
     features: Tensor  # [R, D] float32
     starts: Tensor  # [N]
     views: Tensor  # [N]
+    will_need: Callable[[Tensor], None] | None = None  # told of the rows that are about to be read
 
     def rows(self, images_B: Tensor, generator: torch.Generator) -> Tensor:
         """Features [B, D] of one view of each image, drawn uniformly."""
-        u_B = torch.rand(len(images_B), generator=generator, device=self.features.device)
+        u_B = torch.rand(len(images_B), generator=generator, device=self.starts.device)
         rows_B = self.starts.index_select(0, images_B) + (u_B * self.views.index_select(0, images_B)).long()
-        return self.features.index_select(0, rows_B)
+        place_B = rows_B.to(self.features.device)
+        if self.will_need is not None:
+            self.will_need(place_B)
+        return self.features.index_select(0, place_B).to(self.starts.device)
 
 
 def plan_views(labels_N: Tensor, counts_C: Tensor, views: int, class_rows: int) -> Tensor:
@@ -45,47 +50,70 @@ def plan_views(labels_N: Tensor, counts_C: Tensor, views: int, class_rows: int) 
 def build_bank(extract: Callable[[Tensor], Tensor], images: Images, views_N: Tensor, mean: Tensor, std: Tensor, *,
                ops: list[str], seed: int, batch_size: int, reporter: Reporter, part: slice = slice(None)
                ) -> FeatureBank:  # fmt: skip
-    """Features of every planned view, or of the rows in ``part`` alone (one process of several).
+    """Features of every planned view, or of the rows in ``part`` alone (one process of several), in memory.
 
     ``extract``: normalised images [B, 3, H, W] to features [B, D], in eval mode.
     View v of image i is keyed by (seed, i, v): the bank does not depend on batch size, order or device.
     """
-    image_R = torch.repeat_interleave(views_N)
-    starts_N = views_N.cumsum(0) - views_N
-    view_R = (torch.arange(len(image_R), device=views_N.device) - starts_N[image_R])[part]
-    image_R = image_R[part]
-    sample_R = image_R * _MAX_VIEWS * 1024 + view_R
-    read, count = _in_order(images, image_R, batch_size, lambda rows: view_of(ops, sample_R[rows], seed, _VIEW_STREAM))
+    rows = range(int(views_N.sum()))[part]
     features = None
-    with torch.no_grad(), reporter.task("features", len(image_R), unit="image") as task:
-        for step in range(count):
-            rows = slice(step * batch_size, (step + 1) * batch_size)
-            out = extract(augment(read(step)[0], sample_R[rows], mean, std, seed=seed, stream=_VIEW_STREAM, ops=ops)).float()
-            if features is None:
-                features = torch.empty(len(image_R), out.shape[1], device=out.device)
-            features[rows] = out
-            task.advance(len(out))
-    return FeatureBank(features, starts_N, views_N)
+    for span, out in _extract(extract, images, views_N, mean, std, ops, seed, _spans(rows, batch_size), reporter):
+        if features is None:
+            features = torch.empty(len(rows), out.shape[1], device=out.device)
+        features[span.start - rows.start : span.stop - rows.start] = out
+    return FeatureBank(features, views_N.cumsum(0) - views_N, views_N)
 
 
-def _in_order(images: Images, image_R: Tensor, batch_size: int, view: Callable[[slice], View | None]) -> tuple[Batches, int]:
-    """The images ``image_R`` in batches, one after the other, and how many batches they are."""
+def write_bank(extract: Callable[[Tensor], Tensor], images: Images, views_N: Tensor, mean: Tensor, std: Tensor, *,
+               ops: list[str], seed: int, batch_size: int, reporter: Reporter, file: BankFile, shards: list[int]
+               ) -> None:  # fmt: skip
+    """The rows of these ``shards`` of the same bank, into the growing file; each shard is marked when it is whole."""
+    spans = [span for shard in shards for span in _spans(file.shard(shard), batch_size)]
+    shard_of = {file.shard(shard).stop: shard for shard in shards}  # by the row at which it ends
+    with file.writer() as writer:
+        for span, out in _extract(extract, images, views_N, mean, std, ops, seed, spans, reporter):
+            writer.write(span.start, out)
+            if span.stop in shard_of:
+                writer.mark(shard_of[span.stop])
+
+
+def _spans(rows: range, batch_size: int) -> list[range]:
+    """Rows cut into batches."""
+    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+
+
+def _extract(extract, images: Images, views_N: Tensor, mean: Tensor, std: Tensor, ops: list[str], seed: int,
+             spans: list[range], reporter: Reporter) -> Iterator[tuple[range, Tensor]]:  # fmt: skip
+    """Features [B, D] float32 of the rows in each span, one span after the other."""
+    ends_N = views_N.cumsum(0)
+    starts_N = ends_N - views_N
+
+    def named(step: int) -> tuple[Tensor, Tensor]:
+        """The images whose views are the rows of a span, and the numbers that key these views."""
+        rows_B = torch.arange(spans[step].start, spans[step].stop, device=views_N.device)
+        images_B = torch.searchsorted(ends_N, rows_B, right=True)
+        return images_B, images_B * _MAX_VIEWS * 1024 + rows_B - starts_N.index_select(0, images_B)
 
     def plan(step: int) -> tuple[Tensor, View | None]:
-        rows = slice(step * batch_size, (step + 1) * batch_size)
-        return image_R[rows], view(rows)
+        images_B, samples_B = named(step)
+        return images_B, view_of(ops, samples_B, seed, _VIEW_STREAM)
 
-    count = -(-len(image_R) // batch_size)
-    return images.batches(plan, count), count
+    read = images.batches(plan, len(spans))
+    with torch.no_grad(), reporter.task("features", sum(map(len, spans)), unit="image") as task:
+        for step, span in enumerate(spans):
+            pixels = augment(read(step)[0], named(step)[1], mean, std, seed=seed, stream=_VIEW_STREAM, ops=ops)
+            yield span, extract(pixels).float()
+            task.advance(len(span))
 
 
 def extract_all(model: Callable[[Tensor], Tensor], images: Images, mean: Tensor, std: Tensor, *, batch_size: int,
                 reporter: Reporter, what: str = "images", part: slice = slice(None)) -> Tensor:  # fmt: skip
     """``model`` over all images in order (or those in ``part``), un-augmented: [N, ...] on the CPU."""
     parts, wanted = [], torch.arange(len(images))[part]
-    read, count = _in_order(images, wanted, batch_size, lambda rows: None)
+    batches = wanted.split(batch_size) if len(wanted) else ()
+    read = images.batches(lambda step: (batches[step], None), len(batches))
     with torch.no_grad(), reporter.task(what, len(wanted), unit="image") as task:
-        for step in range(count):
+        for step in range(len(batches)):
             out = model(normalise(read(step)[0].to(mean.device), mean, std))
             parts.append(out.float().cpu())
             task.advance(len(out))

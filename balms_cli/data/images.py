@@ -12,7 +12,7 @@ from ..errors import DataError
 from ..reporter import Reporter
 from . import known
 from .aside import name_some, printable
-from .decode import BadImage, fit, open_image, quiet_pillow, read_image
+from .decode import BadImage, fit, open_image, quiet_pillow, read_image, upright_size
 from .folders import is_inside
 from .manifest import Manifest, Split
 from .sources import Source
@@ -106,8 +106,7 @@ def median_size(source: Source, sample: int = 200) -> list[int]:
         for key in picked:
             try:
                 with open_image(os.path.join(source.root, key)) as image:
-                    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-                    sizes.append(image.size[::-1] if turned else image.size)
+                    sizes.append(upright_size(image))
             except Exception:
                 continue  # an unreadable one: what it means is check_images' business
     return [int(x) for x in np.median(sizes, axis=0)] if sizes else [0, 0]

@@ -29,7 +29,8 @@ class Runtime:
     def describe(self) -> str:
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
-        return f"{self.device.type} with {torch.get_num_threads()} threads, {self.precision}"
+        threads = torch.get_num_threads()
+        return f"{self.device.type} with {threads} thread{'s' if threads > 1 else ''}, {self.precision}"
 
 
 def pick_device(name: str) -> torch.device:
