@@ -183,6 +183,9 @@ class RetrainConfig(TrainConfig):
     )
     tau_norm: float | None = Field(None, ge=0, le=5, description="tau-norm: the exponent (else chosen on the validation split)")
     features: Literal["bank", "online"] = Field("bank", description="bank: features computed once; online: anew every step")
+    bank: Literal["auto", "memory", "disk"] = Field(
+        "auto", description="rows of the feature bank from memory, or from its file (auto: memory where a quarter of it holds them)"
+    )
     views: int = Field(4, ge=1, description="augmented views of every image in the feature bank")
     class_rows: int = Field(256, ge=0, description="rows in the bank that a class has at least: more views of rare images")
     augment: bool = Field(True, description="augment the views as stage 1 did (false: one plain view an image)")

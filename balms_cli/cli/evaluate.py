@@ -20,10 +20,8 @@ def command(
     require: Annotated[list[str] | None, Option(metavar="EXPR", help="Gate such as 'few>=0.30' or 'ece<=5%'; repeatable; "
                                                 "exit 6 where one is not met.")] = None,
     split: Annotated[str | None, Option(help="test, val or train.")] = None,
-    target_prior: Annotated[str | None, Option(metavar="PRIOR", help="Re-score for another class prior: uniform, train, "
-                                               "reversed, or a JSON file {class: share}.")] = None,
-    posthoc_tau: Annotated[float | None, Option(help="Post-hoc logit adjustment: its strength (default 1; the target is "
-                                                "uniform unless --target-prior says otherwise).")] = None,
+    target_prior: o.TargetPrior = None,
+    posthoc_tau: o.PosthocTau = None,
     bound: Annotated[bool | None, Option("--bound", help="Margins and terms of the generalisation bound, on training "
                                          "images.")] = None,
     batch_size: o.BatchSize = None,

@@ -17,9 +17,8 @@ def command(
                                      autocompletion=o.complete(*EXPORTS))] = None,
     images: Annotated[int | None, Option(help="Images that the exported model is checked on (default 64).")] = None,
     tolerance: Annotated[float | None, Option(help="Largest difference of an answer that is let pass (default 1e-4).")] = None,
-    target_prior: Annotated[str | None, Option(metavar="PRIOR", help="Bake in another class prior: uniform, train, reversed, "
-                                               "or a JSON file {class: share}.")] = None,
-    posthoc_tau: Annotated[float | None, Option(help="Strength of that prior (default 1).")] = None,
+    target_prior: o.TargetPrior = None,
+    posthoc_tau: o.PosthocTau = None,
     data: o.Data = None,
     config: o.ConfigFile = None,
     sets: o.Sets = None,

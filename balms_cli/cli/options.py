@@ -88,3 +88,7 @@ Hypergradient = Annotated[str | None, Option(help="auto, closed-form, jvp or hig
 MetaSet = Annotated[str | None, Option(help="Where meta images come from: train, or the held-out meta split.")]
 FeatureMode = Annotated[str | None, Option("--features", help="bank (computed once) or online (anew every step).")]
 Views = Annotated[int | None, Option(help="Augmented views of every image in the feature bank.")]
+TargetPrior = Annotated[str | None, Option(metavar="PRIOR", help="Scores for another class prior: uniform, train, reversed, "
+                                           "or a JSON file {class: share}.")]  # fmt: skip
+PosthocTau = Annotated[float | None, Option(help="Post-hoc logit adjustment: its strength (default 1; the target is uniform "
+                                            "unless --target-prior says otherwise).")]  # fmt: skip

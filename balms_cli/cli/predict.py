@@ -17,10 +17,8 @@ def command(
     top_k: Annotated[int | None, Option("--top-k", "-k", min=1, help="Classes named for an image (default 5).")] = None,
     json: Annotated[bool, Option("--json", help="Print one JSON object a line, for each image.",
                                  rich_help_panel="Output")] = False,
-    target_prior: Annotated[str | None, Option(metavar="PRIOR", help="Scores for another class prior: uniform, train, "
-                                               "reversed, or a JSON file {class: share}.")] = None,
-    posthoc_tau: Annotated[float | None, Option(help="Post-hoc logit adjustment: its strength (default 1; the target is "
-                                                "uniform unless --target-prior says otherwise).")] = None,
+    target_prior: o.TargetPrior = None,
+    posthoc_tau: o.PosthocTau = None,
     calibrate: Annotated[bool | None, Option("--calibrate/--no-calibrate", help="Scale the scores by a temperature fitted on "
                                              "the validation split, where the run's data has one (default: yes).")] = None,
     data: Annotated[Path | None, Option(help="Where the run's manifest is now, for its validation split.")] = None,

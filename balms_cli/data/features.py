@@ -6,7 +6,7 @@ features of augmented views; rare classes get more views an image, so that every
 Shapes: N images, R rows, D features, B batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,12 +56,15 @@ def build_bank(extract: Callable[[Tensor], Tensor], images: Images, views_N: Ten
     View v of image i is keyed by (seed, i, v): the bank does not depend on batch size, order or device.
     """
     rows = range(int(views_N.sum()))[part]
-    features = None
-    for span, out in _extract(extract, images, views_N, mean, std, ops, seed, _spans(rows, batch_size), reporter):
-        if features is None:
-            features = torch.empty(len(rows), out.shape[1], device=out.device)
-        features[span.start - rows.start : span.stop - rows.start] = out
-    return FeatureBank(features, views_N.cumsum(0) - views_N, views_N)
+    held: list[Tensor] = []
+
+    def put(span: range, out: Tensor) -> None:
+        if not held:
+            held.append(torch.empty(len(rows), out.shape[1], device=out.device))
+        held[0][span.start - rows.start : span.stop - rows.start] = out
+
+    _extract(extract, images, views_N, mean, std, ops, seed, _spans(rows, batch_size), put, reporter)
+    return FeatureBank(held[0], views_N.cumsum(0) - views_N, views_N)
 
 
 def write_bank(extract: Callable[[Tensor], Tensor], images: Images, views_N: Tensor, mean: Tensor, std: Tensor, *,
@@ -71,10 +74,13 @@ def write_bank(extract: Callable[[Tensor], Tensor], images: Images, views_N: Ten
     spans = [span for shard in shards for span in _spans(file.shard(shard), batch_size)]
     shard_of = {file.shard(shard).stop: shard for shard in shards}  # by the row at which it ends
     with file.writer() as writer:
-        for span, out in _extract(extract, images, views_N, mean, std, ops, seed, spans, reporter):
+
+        def put(span: range, out: Tensor) -> None:
             writer.write(span.start, out)
             if span.stop in shard_of:
                 writer.mark(shard_of[span.stop])
+
+        _extract(extract, images, views_N, mean, std, ops, seed, spans, put, reporter)
 
 
 def _spans(rows: range, batch_size: int) -> list[range]:
@@ -83,8 +89,8 @@ def _spans(rows: range, batch_size: int) -> list[range]:
 
 
 def _extract(extract, images: Images, views_N: Tensor, mean: Tensor, std: Tensor, ops: list[str], seed: int,
-             spans: list[range], reporter: Reporter) -> Iterator[tuple[range, Tensor]]:  # fmt: skip
-    """Features [B, D] float32 of the rows in each span, one span after the other."""
+             spans: list[range], put: Callable[[range, Tensor], None], reporter: Reporter) -> None:  # fmt: skip
+    """Features [B, D] float32 of the rows in each span are handed to ``put``, one span after the other."""
     ends_N = views_N.cumsum(0)
     starts_N = ends_N - views_N
 
@@ -102,7 +108,7 @@ def _extract(extract, images: Images, views_N: Tensor, mean: Tensor, std: Tensor
     with torch.no_grad(), reporter.task("features", sum(map(len, spans)), unit="image") as task:
         for step, span in enumerate(spans):
             pixels = augment(read(step)[0], named(step)[1], mean, std, seed=seed, stream=_VIEW_STREAM, ops=ops)
-            yield span, extract(pixels).float()
+            put(span, extract(pixels).float())
             task.advance(len(span))
 
 

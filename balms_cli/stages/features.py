@@ -7,22 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..config import RetrainConfig
-from ..data.aside import replace_file
-from ..data.features import FeatureBank, build_bank, online_features, plan_views
+from ..data.bank import BankFile, bank_bytes, size_text
+from ..data.features import FeatureBank, build_bank, online_features, plan_views, write_bank
+from ..data.images import available_memory
 from ..data.manifest import Manifest
 from ..data.samplers import ClassIndex, mix
 from ..engine.distributed import ALONE, World
 from ..engine.header import Header, sha256_of
 from ..engine.runtime import Runtime
-from ..errors import BalmsError
+from ..errors import BalmsError, DataError
 from ..models.classifiers import Classifier
 from ..reporter import Reporter
 from .common import Images, load_images
+
+_BATCH = 512
+_MEMORY_SHARE = 0.25  # of the memory that is free: a bank up to this size is held there
 
 FeatureReader = Callable[[Tensor, int, int], Tensor]  # (images_B, step, stream) -> features [B, D]
 
@@ -62,23 +64,66 @@ def read_features(config: RetrainConfig, split: str, model: Classifier, parent: 
         views_N = plan_views(labels_N, counts_C, config.views, config.class_rows) if ops else torch.ones_like(labels_N)
         seed = int(parent.recipe.get("seed", 0))
         key = _bank_key(parent_file, manifest, split, views_N, ops, seed, runtime)
-        file, rows = parent_file.parent / "features" / f"{key}.safetensors", int(views_N.sum())
-        bank = _load_bank(file, views_N, parent.feature_dim)
-        if world.any(bank is None, device):
+        file = BankFile(parent_file.parent / "features" / f"{key}.safetensors", int(views_N.sum()), parent.feature_dim)
+
+        def build(**how) -> FeatureBank | None:
             with closing(images()) as source:
-                bank = build_bank(extract, source, views_N, mean, std, ops=ops, seed=seed, batch_size=512,
-                                  reporter=reporter, part=world.rows(rows))  # fmt: skip
-            bank = FeatureBank(world.gather(bank.features, rows), bank.starts, bank.views)
-            if world.main:
-                _keep_bank(file, bank, reporter)
-        read = bank_reader(bank, config.seed, device)
+                make = write_bank if "file" in how else build_bank
+                return make(extract, source, views_N, mean, std, ops=ops, seed=seed, batch_size=_BATCH, reporter=reporter, **how)
+
+        read = bank_reader(_bank(config, file, views_N, build, device, reporter, world), config.seed, device)
     return Features(read, labels_N.to(device), ClassIndex(labels_N.to(device), len(parent.classes)))
 
 
 def bank_reader(bank: FeatureBank, seed: int, device: torch.device) -> FeatureReader:
-    bank = FeatureBank(bank.features.to(device), bank.starts.to(device), bank.views.to(device))
+    """Rows of the bank, on ``device``; the bank itself goes there too, unless it is a file or takes over half of a GPU."""
+    features_RD, on_disk = bank.features, bank.will_need is not None
+    if device.type == "cuda" and not on_disk and 2 * features_RD.nbytes < torch.cuda.mem_get_info(device)[0]:
+        features_RD = features_RD.to(device)
+    bank = FeatureBank(features_RD, bank.starts.to(device), bank.views.to(device), bank.will_need)
     generator = torch.Generator(device)
     return lambda images_B, step, stream: bank.rows(images_B, generator.manual_seed(mix(seed, stream, step)))
+
+
+def _bank(config: RetrainConfig, file: BankFile, views_N: Tensor, build: Callable[..., FeatureBank | None],
+          device: torch.device, reporter: Reporter, world: World) -> FeatureBank:  # fmt: skip
+    """The bank of ``file``: as it is there, or built now. One that is built in memory alone, for want of a place to write
+    to, is the same row for row.
+
+    Raises: DataError (exit 3) where neither the memory nor the disk holds it.
+    """
+    in_memory = world.agree(_in_memory(config, file))
+    found = _read(file, views_N, in_memory)
+    if not world.any(found is None, device):
+        return found
+    problem = shards = None
+    if world.main:
+        _say_size(file, in_memory, reporter)
+        try:
+            shards = file.missing() if file.begin() else []
+        except BalmsError as error:
+            problem = error
+    problem, shards = world.agree((problem, shards))
+    if problem is not None:
+        if not in_memory or config.bank == "disk":
+            raise problem
+        reporter.note(f"the feature bank is not kept for next time ({problem})")
+        part = build(part=world.rows(file.rows))
+        return FeatureBank(world.gather(part.features, file.rows), part.starts, part.views)
+
+    if world.main and 0 < len(shards) < file.shards:
+        reporter.note(f"{file.rows - file.rows_of(shards):,} rows are there from a run that was stopped")
+    mine = shards[world.rows(len(shards))]
+    if mine:
+        build(file=file, shards=mine)
+    world.any(False, device)  # all have written theirs
+    if world.main:
+        problem = _finished(file) if shards else None
+    problem = world.agree(problem)
+    found = _read(file, views_N, in_memory) if problem is None else None
+    if found is None:
+        raise problem or DataError(f"{file.target} cannot be read back: is its disk damaged, or not shared by all processes?")
+    return found
 
 
 def _bank_key(parent_file: Path, manifest: Manifest, split: str, views_N: Tensor, ops: list[str], seed: int, runtime: Runtime
@@ -89,20 +134,35 @@ def _bank_key(parent_file: Path, manifest: Manifest, split: str, views_N: Tensor
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _load_bank(path: Path, views_N: Tensor, features: int) -> FeatureBank | None:
-    try:
-        rows = load_file(path)["features"] if path.is_file() else None
-    except (OSError, SafetensorError, KeyError):
-        return None
-    if rows is None or rows.shape != (int(views_N.sum()), features) or rows.dtype != torch.float32:
-        return None
-    return FeatureBank(rows, views_N.cumsum(0) - views_N, views_N)
+def _in_memory(config: RetrainConfig, file: BankFile) -> bool:
+    """Whether the rows are to be held in memory. Raises DataError (exit 3) where they are to, and do not fit."""
+    size, free = bank_bytes(file.rows, file.features), available_memory()
+    if config.bank == "memory" and free is not None and size > free:
+        raise DataError(f"the feature bank takes {size_text(size)} and {size_text(free)} of memory are free: "
+                        "leave out --set bank=memory, and it is read from the disk")  # fmt: skip
+    return config.bank == "memory" or (config.bank == "auto" and (free is None or size <= _MEMORY_SHARE * free))
 
 
-def _keep_bank(path: Path, bank: FeatureBank, reporter: Reporter) -> None:
-    """A convenience: where it cannot be kept (read-only run, full disk) the next retrain computes it again."""
+def _read(file: BankFile, views_N: Tensor, in_memory: bool) -> FeatureBank | None:
+    starts_N = views_N.cumsum(0) - views_N
+    if in_memory:
+        features_RD = file.loaded()
+        return None if features_RD is None else FeatureBank(features_RD, starts_N, views_N)
+    rows = file.mapped()
+    return None if rows is None else FeatureBank(rows.features, starts_N, views_N, rows.will_need)
+
+
+def _say_size(file: BankFile, in_memory: bool, reporter: Reporter) -> None:
+    free = file.free()
+    room = "" if free is None else f" of {size_text(free)} free"
+    reporter.note(f"feature bank: {file.rows:,} rows x {file.features:,} features, "
+                  f"{size_text(bank_bytes(file.rows, file.features))} on disk{room}, "
+                  f"read {'from memory' if in_memory else 'from there'}")  # fmt: skip
+
+
+def _finished(file: BankFile) -> BalmsError | None:
     try:
-        path.parent.mkdir(exist_ok=True)
-        replace_file(path, save({"features": bank.features.cpu()}))
-    except (OSError, BalmsError) as error:
-        reporter.note(f"the feature bank is not kept for next time ({error})")
+        file.finish()
+    except BalmsError as error:
+        return error
+    return None
