@@ -92,7 +92,8 @@ def paper_run(data: Path, device: str, rehearse: bool) -> dict[str, Any]:
         manifest = balms("make-lt", "cifar100", "--imbalance", "200", options=("--data-root", str(data), "--offline"))
         began = time.monotonic()
         stage1 = balms("pretrain", options=(*place, "--preset", "paper", *few))
-        found = {"data": "cifar100-lt IF 200", "manifest_sha256": manifest["manifest_sha256"], "pretrain": {k: v for k, v in stage1.items() if k != "run"},
+        found = {"data": "cifar100-lt IF 200", "manifest_sha256": manifest["manifest_sha256"],
+                 "pretrain": {k: v for k, v in stage1.items() if k != "run"},
                  "pretrain_wall_seconds": round(time.monotonic() - began, 1)}  # fmt: skip
         bank = ("--set", "views=1", "--set", "class_rows=1") if rehearse else ()
         for name, options in {"balanced": ("--loss", "balanced"), "balms": ("--loss", "balanced", "--meta-sampler")}.items():

@@ -24,7 +24,7 @@ from table_report import METRICS, markdown, percent, readme_table, summary, writ
 from table_rows import BACKBONES, BY_NAME, ROWS, VAL_PER_CLASS, WITH_META_SET, Row
 
 from balms_cli.cli.console import make_reporter, stderr
-from balms_cli.config import EvaluateConfig, MakeLTConfig, Resolved, resolve
+from balms_cli.config import COMPUTING, EvaluateConfig, MakeLTConfig, Resolved, resolve
 from balms_cli.data.aside import replace_file
 from balms_cli.data.manifest import Manifest
 from balms_cli.engine.header import read_header
@@ -71,7 +71,7 @@ class Study:
     @property
     def recipe_options(self) -> dict[str, Any]:
         """Those options that change a result."""
-        return {k: v for k, v in self.options.items() if k not in ("device", "precision", "checkpoint_seconds")}
+        return {k: v for k, v in self.options.items() if k not in COMPUTING | {"precision"}}
 
     def done(self, row: Row, backbone_seed: int, seed: int) -> dict[str, Any] | None:
         """The kept result of a run, or None. One of other options is never taken for this one."""
@@ -100,7 +100,7 @@ def train_backbone(study: Study, key: str, seed: int, reporter: Reporter) -> Run
     resolved = study.recipe("pretrain", manifest, flags)
     if folder.complete("pretrain"):
         known = type(resolved.config)(**read_header(folder / MODEL).recipe)
-        ignored = {"device", "precision", "checkpoint_seconds"}
+        ignored = COMPUTING | {"precision"}
         if known.model_dump(exclude=ignored) != resolved.config.model_dump(exclude=ignored):
             raise typer.BadParameter(
                 f"{folder.path} was trained by another recipe: move it away, or choose another --workspace"

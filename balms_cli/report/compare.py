@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from ..config import COMPUTING
 from ..metrics import SCALARS
 from ..metrics.accuracy import metric_weights
 from ..metrics.intervals import Bounds, paired_intervals
 from .run_files import parent_of
 from .scored import Scored
 
-# Of a recipe: how it was computed, not what. The seed is what may vary.
-_NOT_THE_METHOD = {"seed", "device", "loading", "workers", "decode", "checkpoint_seconds", "deterministic", "compile"}
+_NOT_THE_METHOD = COMPUTING | {"seed"}  # which is what may vary
 
 
 def same_images(first: Scored, other: Scored) -> np.ndarray | None:
