@@ -37,6 +37,12 @@ Compile = Annotated[
 Augmentation = Literal["resized-crop", "crop", "flip", "autoaugment", "cutout"]
 
 
+# How a run is computed, not what: two runs that differ in these alone are of one method.
+COMPUTING = frozenset(
+    {"device", "loading", "workers", "decode", "checkpoint_seconds", "deterministic", "compile", "tensorboard"}
+)
+
+
 class StageConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -44,9 +50,12 @@ class StageConfig(BaseModel):
 class MakeLTConfig(StageConfig):
     """``balms make-lt``: from a source of images to a long-tailed manifest."""
 
-    source: str = Field("digits", description="cifar10, cifar100, digits, a folder, or a list file of 'path label' lines")
+    source: str = Field("digits", description="cifar10, cifar100, digits, a folder, a list or CSV file, or tar shards")
     imbalance: float | None = Field(None, ge=1, description="imbalance factor: largest class count / smallest")
-    profile: Literal["exponential", "step"] = Field("exponential", description="shape of the tail (exponential: the paper's)")
+    profile: Literal["exponential", "step", "pareto"] = Field(
+        "exponential", description="shape of the tail (exponential: the paper's for CIFAR; pareto: as in ImageNet-LT)"
+    )
+    alpha: float = Field(6.0, gt=0, le=1000, description="pareto: its exponent (ImageNet-LT: 6)")
     as_is: bool = Field(False, description="keep every image: the data is long-tailed by nature")
     head_size: int | None = Field(None, ge=1, description="images of the largest class (default: all it has)")
     seed: int = Field(0, ge=0, description="which images of a class are kept")
@@ -59,6 +68,9 @@ class MakeLTConfig(StageConfig):
     check: bool = Field(True, description="decode every image of a folder or list once, to find unreadable ones now")
     data_root: str | None = Field(None, description="where known data sets lie on disk (else BALMS_DATA, else the cache)")
     offline: bool = Field(False, description="never download")
+    images: str | None = Field(None, description="folder that a list's or CSV file's paths are relative to (default: its own)")
+    names: str | None = Field(None, description="file of class names: synsets, Places365's or iNaturalist's categories, lines")
+    leaf_classes: bool = Field(False, description="folders: each that holds images is a class (iNaturalist), not the outermost")
 
 
 class RunConfig(StageConfig):
@@ -130,8 +142,10 @@ class PretrainConfig(TrainConfig):
     """``balms pretrain``: representation learning, stage 1."""
 
     steps: int | None = Field(2000, ge=1, description="optimizer steps (instead of epochs)")
-    backbone: str = Field("resnet32", description="resnet8/20/32/44/56 (CIFAR), or a torchvision classifier")
-    weights: str | None = Field(None, description="initial weights: a file, or 'imagenet' (torchvision's)")
+    backbone: str = Field("resnet32", description="resnet8/20/32/44/56 (CIFAR), resnet10, torchvision's, or timm:NAME")
+    weights: str | None = Field(
+        None, description="initial weights: imagenet (torchvision's), timm, pip:PACKAGE (a file in it), or a file"
+    )
     frozen: bool = Field(False, description="take the backbone as it is: nothing is trained in stage 1")
     image_size: int = Field(32, ge=8, le=1024, description="pixels a side fed to the network")
     augment: list[Augmentation] = Field(["crop", "flip", "cutout"], description="training augmentation, applied in this order")
@@ -184,7 +198,7 @@ class RetrainConfig(TrainConfig):
     tau_norm: float | None = Field(None, ge=0, le=5, description="tau-norm: the exponent (else chosen on the validation split)")
     features: Literal["bank", "online"] = Field("bank", description="bank: features computed once; online: anew every step")
     bank: Literal["auto", "memory", "disk"] = Field(
-        "auto", description="rows of the feature bank from memory, or from its file (auto: memory where a quarter of it holds them)"
+        "auto", description="feature bank in memory, or read from its file (auto: in memory where a quarter of it holds it)"
     )
     views: int = Field(4, ge=1, description="augmented views of every image in the feature bank")
     class_rows: int = Field(256, ge=0, description="rows in the bank that a class has at least: more views of rare images")
@@ -278,6 +292,9 @@ class AuditConfig(StageConfig):
     workers: int | None = Field(None, ge=0, le=256, description="threads (default: one a processor, 8 at most)")
     data_root: str | None = Field(None, description="where known data sets lie on disk (else BALMS_DATA, else the cache)")
     offline: bool = Field(False, description="never download")
+    images: str | None = Field(None, description="folder that a list's or CSV file's paths are relative to (default: its own)")
+    names: str | None = Field(None, description="file of class names: synsets, Places365's or iNaturalist's categories, lines")
+    leaf_classes: bool = Field(False, description="folders: each that holds images is a class (iNaturalist), not the outermost")
 
 
 STAGES: dict[str, type[StageConfig]] = {
@@ -349,6 +366,7 @@ def resolve(
     *,
     methods: list[tuple[str, dict[str, Any]]] | None = None,
     preset: tuple[str, dict[str, Any]] | None = None,
+    preset_sources: dict[str, str] | None = None,
     file: tuple[Path, dict[str, Any]] | None = None,
     flags: dict[str, Any] | None = None,
     sets: dict[str, Any] | None = None,
@@ -356,6 +374,7 @@ def resolve(
     """Merge the layers for ``stage`` and validate. All mistakes are told at once, a clause each, in one line.
 
     ``methods``: what a chosen method brings along (``presets.methods``), each with the name of its source.
+    ``preset_sources``: where single values of the preset come from, by key (``presets.sources``).
     Raises: ConfigError (exit 2) for unknown keys and for values of the wrong type or range.
     """
     model = STAGES[stage]
@@ -375,6 +394,8 @@ def resolve(
                 unknown.append(f"unknown key '{key}' ({name}); {suggest(key, list(model.model_fields))}")
                 continue
             values[key], sources[key] = value, name
+            if preset_sources and name == f"preset {preset[0]}" and key in preset_sources:
+                sources[key] += f": {preset_sources[key]}"
             if other := _EXCLUSIVE.get(key) if value is not None else None:
                 values[other], sources[other] = None, name
     if unknown:

@@ -54,6 +54,60 @@ def test_step_profile() -> None:
     assert longtail.class_counts_step(90, 5, 10).tolist() == [90] * 3 + [9] * 2
 
 
+# ---- the Pareto tail: ImageNet-LT has 115,846 images in 1,000 classes, Places-LT 62,500 in 365 (field notes; OLTR)
+
+
+def random_draws(n_max: int, k: int, imbalance: float, alpha: float, draws: int) -> np.ndarray:
+    """Totals of what the profile is the middle of: values drawn by chance (numpy's Pareto), sorted, stretched to the ends."""
+    values = np.sort(np.random.default_rng(0).pareto(alpha, (draws, k)), axis=1)[:, ::-1]
+    share = (values - values[:, -1:]) / (values[:, :1] - values[:, -1:])
+    return np.floor(n_max / imbalance + share * (n_max - n_max / imbalance)).sum(axis=1)
+
+
+def test_pareto_by_hand() -> None:
+    ranks = [(c + 0.7) / 4.4 for c in range(4)]
+    values = [u ** (-1 / 2) for u in ranks]
+    expected = [10 + (v - values[3]) / (values[0] - values[3]) * 90 for v in values]
+    assert longtail.class_counts_pareto(100, 4, 10, alpha=2).tolist() == [int(x + 1e-9) for x in expected] == [100, 42, 21, 10]
+
+
+@pytest.mark.parametrize(("published", "alpha", "off"), [("ImageNet-LT", 6, -0.0312), ("Places-LT", 6, 2.1567),
+                                                         ("Places-LT", 1.34, -0.3397)])  # fmt: skip
+def test_how_near_the_draw_comes_to_the_published_lists(published: str, alpha: float, off: float) -> None:
+    one = next(p for p in longtail.PUBLISHED if p.name == published)
+    factor = one.largest / one.smallest
+    counts = longtail.class_counts_pareto(one.largest, one.classes, factor, alpha)
+    assert (counts[0], counts[-1]) == (one.largest, one.smallest) and (np.diff(counts) <= 0).all()
+    assert counts.sum() / one.images - 1 == pytest.approx(off, abs=1e-3)
+    totals = random_draws(one.largest, one.classes, factor, alpha, 1000)
+    assert counts.sum() == pytest.approx(np.median(totals), rel=0.05)
+    assert (np.quantile(totals, 0.025) < one.images < np.quantile(totals, 0.975)) == (off < 1)  # 6 is not Places-LT's alpha
+
+
+@pytest.mark.parametrize(("published", "alpha"), [("ImageNet-LT", 6.401), ("Places-LT", 1.693)])
+def test_the_alpha_that_comes_nearest(published: str, alpha: float) -> None:
+    one = next(p for p in longtail.PUBLISHED if p.name == published)
+    factor = one.largest / one.smallest
+    assert longtail.alpha_for_total(one.images, one.largest, one.classes, factor) == alpha
+    total = longtail.class_counts_pareto(one.largest, one.classes, factor, alpha).sum()
+    assert total == pytest.approx(one.images, rel=1e-3)
+    assert longtail.alpha_for_total(10, one.largest, one.classes, factor) is None
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.5, 6, 1000])
+def test_pareto_ends_are_exact(alpha: float) -> None:
+    for k in (1, 2, 3, 100):
+        counts = longtail.class_counts_pareto(500, k, 100, alpha)
+        assert counts[0] == 500 and (k == 1 or counts[-1] == 5) and (np.diff(counts) <= 0).all()
+    assert longtail.class_counts_pareto(10, 5, 1e6, alpha).min() == 1
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf")])
+def test_pareto_alpha_out_of_range(alpha: float) -> None:
+    with pytest.raises(ValueError, match="finite alpha"):
+        longtail.class_counts_pareto(10, 5, 2, alpha)
+
+
 @pytest.mark.parametrize("bad", [(0, 5, 10), (10, 0, 10), (10, 5, 0.5), (10, 5, float("nan")), (10, 5, float("inf"))])
 def test_out_of_range(bad: tuple[int, int, float]) -> None:
     for profile in longtail.PROFILES.values():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from balms_cli.config import MakeLTConfig
+from balms_cli.data import longtail
 from balms_cli.data.images import load_pixels
 from balms_cli.data.manifest import Manifest, newest_manifest
 from balms_cli.errors import ConfigError, DataError
@@ -86,6 +87,54 @@ def test_profiles_and_head_size(tmp_path: Path) -> None:
     assert step.manifest.class_counts == [100] * 5 + [10] * 5
     assert step.manifest.name == "digits-step-if10-seed0"
     assert run(config("digits", imbalance=12.5, head_size=50), tmp_path).manifest.name == "digits-lt-if12.5-seed0"
+
+
+def image_list(path: Path, counts: list[int]) -> Path:
+    """A list of images that are not there."""
+    path.write_text("".join(f"train/n{c:08d}/n{c:08d}_{i}.JPEG {c}\n" for c, n in enumerate(counts) for i in range(n)))
+    return path
+
+
+def test_pareto_draw_of_imagenet_says_how_near_it_comes(tmp_path: Path) -> None:
+    enough = longtail.class_counts_pareto(1280, 1000, 256) + 9  # the full set has ten times as many, and takes its time
+    full = image_list(tmp_path / "imagenet.txt", enough.tolist())
+    options = {"check": False, "profile": "pareto", "imbalance": 256, "head_size": 1280, "test_fraction": 1e-9}
+    listener = Listener()
+    result = run(config(full, **options), tmp_path, listener)
+    counts = result.manifest.class_counts
+    assert (len(counts), max(counts), min(counts), sum(counts)) == (1000, 1280, 5, 112_235)
+    assert result.manifest.name == "imagenet-pareto6-if256-seed0" and result.manifest.profile == "pareto"
+    told = next(note for note in listener.notes if "published" in note)
+    assert "ImageNet-LT has 115,846 training images, this draw 112,235 (-3.1%); --alpha 6.401 comes nearest" in told
+    with pytest.raises(ConfigError, match="exponent of --profile pareto"):
+        run(config("digits", alpha=3), tmp_path)
+
+
+def test_a_published_list_is_kept_as_it_is(tmp_path: Path) -> None:
+    counts = longtail.class_counts_pareto(4980, 365, 996, 1.693)
+    counts[5] -= counts.sum() - 62_500
+    listener = Listener()
+    result = run(config(image_list(tmp_path / "Places_LT_train.txt", counts.tolist()), as_is=True, check=False,
+                        test_fraction=1e-9), tmp_path, listener)  # fmt: skip
+    assert sum(result.manifest.class_counts) == 62_500 - 365  # one image a class is cut where there is no test list
+    (tmp_path / "Places_LT_test.txt").write_text("".join(f"val/{c}.jpg {c}\n" for c in range(365)))
+    result = run(config(tmp_path / "Places_LT_train.txt", as_is=True, check=False), tmp_path, listener)
+    assert result.manifest.class_counts == sorted(counts.tolist(), reverse=True)
+    assert any("those of the published Places-LT" in note for note in listener.notes)
+
+
+@pytest.mark.slow
+def test_two_million_images_in_a_minute(tmp_path: Path) -> None:
+    weights = np.arange(1, 8143) ** -0.8
+    image_list(tmp_path / "all.txt", (2 + weights / weights.sum() * 1_990_000).astype(int).tolist())
+    code = "import resource, sys; from balms_cli.cli.app import main; sys.argv = ['balms', *sys.argv[1:]]\ntry: main()\n" \
+           "finally:\n used = resource.getrusage(resource.RUSAGE_SELF)\n" \
+           " print(used.ru_utime + used.ru_stime, used.ru_maxrss, file=sys.stderr)"  # fmt: skip
+    for command in (["make-lt", "all.txt", "--as-is", "--set", "check=false", "-q"], ["audit", "all.txt", "--no-decode", "-q"]):
+        done = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
+        seconds, kilobytes = map(float, done.stderr.split()[-2:])  # of the processor: other work beside it counts for nothing
+        print(command[0], f"{seconds:.1f} s, {kilobytes / 1e6:.2f} GB")
+        assert done.returncode == 0 and seconds < 60 and kilobytes < 2e6, (command, seconds, kilobytes, done.stderr)
 
 
 def test_short_classes_keep_what_they_have(tmp_path: Path) -> None:

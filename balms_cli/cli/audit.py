@@ -15,8 +15,8 @@ def command(
     ctx: Context,
     data: Annotated[
         str | None,
-        Argument(help="A folder of images by class, a list file of 'path label' lines, cifar10, cifar100, digits, a manifest, "
-                 "or - for stdin (default: the newest manifest).",
+        Argument(help="A folder of images by class, a list file of 'path label' lines, a CSV file, tar shards, cifar10, "
+                 "cifar100, digits, a manifest, or - for stdin (default: the newest manifest).",
                  autocompletion=lambda incomplete: [s for s in _sources if s.startswith(incomplete)]),
     ] = None,
     decode: Annotated[bool | None, Option("--decode/--no-decode", help="Read every image in full (default), or only list the "
@@ -24,6 +24,9 @@ def command(
     hashes: Annotated[bool | None, Option("--hash/--no-hash", help="Look for files with the same content (default: where "
                                           "images are decoded).")] = None,
     strict: Annotated[bool, Option("--strict", help="Exit 3 where a problem was found.")] = False,
+    images: o.ImagesFolder = None,
+    names: o.ClassNames = None,
+    leaf_classes: o.LeafClasses = None,
     data_root: Annotated[Path | None, Option(envvar="BALMS_DATA", help="Where known data sets lie on disk.")] = None,
     offline: o.Offline = None,
     workers: o.Workers = None,

@@ -44,9 +44,10 @@ Sets = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="An
                                           rich_help_panel=_RECIPE)]  # fmt: skip
 PrintConfig = Annotated[bool, Option("--print-config", help="Print the resolved configuration as TOML and stop.",
                                      rich_help_panel=_RECIPE)]  # fmt: skip
-Preset = Annotated[str | None, Option(help="quick, paper or general (default: quick on a CPU).",
-                                      autocompletion=complete("quick", "paper", "general"),
-                                      rich_help_panel=_RECIPE)]  # fmt: skip
+Preset = Annotated[str | None, Option(help="quick, paper, general, or a published recipe for photos: imagenet-lt, places-lt, "
+                                      "inaturalist18 (default: quick on a CPU).",
+                                      autocompletion=complete("quick", "paper", "general", "imagenet-lt", "places-lt",
+                                                              "inaturalist18"), rich_help_panel=_RECIPE)]  # fmt: skip
 Seed = Annotated[int | None, Option(help="Seed of everything random (default 0).", rich_help_panel=_RECIPE)]
 Steps = Annotated[int | None, Option(help="Optimizer steps.", rich_help_panel=_RECIPE)]
 Epochs = Annotated[float | None, Option(help="Passes over the training images (instead of --steps).", rich_help_panel=_RECIPE)]
@@ -75,6 +76,13 @@ Workers = Annotated[int | None, Option(min=0, help="Decoder threads (default: on
 Offline = Annotated[bool | None, Option("--offline", help="Never download (also BALMS_OFFLINE=1).", rich_help_panel=_RUN)]
 Resume = Annotated[Path | None, Option(metavar="RUN", help="Go on with an interrupted run; takes no other training option.",
                                        rich_help_panel=_RUN)]  # fmt: skip
+
+ImagesFolder = Annotated[Path | None, Option("--images", metavar="DIR", help="Folder that the paths of a list or CSV file are "
+                                             "relative to (default: the file's own).")]  # fmt: skip
+ClassNames = Annotated[Path | None, Option("--names", metavar="FILE", help="Names of the classes: synset_words.txt, "
+                                           "categories.json, categories_places365.txt, or one a line.")]  # fmt: skip
+LeafClasses = Annotated[bool | None, Option("--leaf-classes", help="Each folder that holds images is a class, however deep "
+                                            "(iNaturalist), not the outermost.")]  # fmt: skip
 
 Checkpoint = Annotated[str | None, Argument(metavar="RUN", help="A run's folder or its model.safetensors, - for stdin "
                                             "(default: the newest fitting run of the workspace).")]  # fmt: skip

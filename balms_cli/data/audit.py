@@ -13,20 +13,18 @@ import numpy as np
 from ..config import MakeLTConfig, suggest
 from ..errors import DataError
 from ..reporter import Reporter
-from . import folders, known, lists
+from . import class_names, folders, known, lists
 from .aside import printable
 from .folders import Problem
-from .manifest import HEADER, Manifest
-from .sources import open_source
-
-LIST = "list"
+from .manifest import HEADER, Manifest, is_manifest
+from .sources import FOLDER, check_known, check_unused, form_of, names_file, open_source, read_listed, tell_splits
 
 
 @dataclass
 class Listing:
     """The entries of a data set, as listed; no image was opened yet.
 
-    ``kind``: folder, list, digits or cifar (the last two hold no image files); ``keys`` are relative to ``root``;
+    ``kind``: folder, list, shards, digits or cifar (the last two hold no image files); ``keys`` are relative to ``root``;
     ``bad``: (key, reason) of what is left unread; ``problems``: (kind, message) of what make-lt refuses; ``passed``,
     ``stray``, ``beside``, ``again``: see :class:`folders.Scan`. Classes are in label order for known sets and
     manifests, else by decreasing number of training images.
@@ -61,24 +59,41 @@ class Listing:
         return np.bincount(cells_N, minlength=len(self.splits) * k).reshape(len(self.splits), k)
 
 
-def open_listing(data: str, data_root: str | None, offline: bool, reporter: Reporter) -> Listing:
-    """List what ``data`` names: digits, cifar10, cifar100, a manifest, a folder of class folders, or a list file.
+def open_listing(data: str, data_root: str | None, offline: bool, reporter: Reporter, *, images: str | None = None,
+                 names: str | None = None, leaf_classes: bool = False) -> Listing:  # fmt: skip
+    """List what ``data`` names: digits, cifar10, cifar100, a manifest, a folder of class folders, a list or CSV file, or
+    tar shards. ``images``, ``names``, ``leaf_classes``: as in :class:`MakeLTConfig`.
 
     Raises: DataError (exit 3) where there is nothing to list; what is wrong inside is collected in ``problems``.
     """
     path = Path(data).expanduser()
     if data == "digits" or data in known.ARCHIVES:
+        check_known(data, images, names, leaf_classes)
         return _known(data, data_root, offline, reporter)
-    if (path / HEADER).is_file() or (path.suffix == ".json" and path.is_file()):
+    if (path / HEADER).is_file() or (path.suffix == ".json" and path.is_file() and is_manifest(path)):
+        check_known("a manifest", images, names, leaf_classes)
         return _manifest(path)
+    form = form_of(data)
+    if form is None:
+        raise DataError(f"no such data: '{printable(data)}'; {suggest(data, ['digits', *known.ARCHIVES])} or a folder, "
+                        f"a list file, tar shards, or a manifest")  # fmt: skip
+    check_unused(form, images, leaf_classes)
     problems: list[Problem] = []
-    if path.is_dir():
-        found = folders.scan(path, problems)
-        return _sorted(_from_scan(found, path, found.root.name, list(found.train)))
-    if path.is_file():
-        return _sorted(_from_list(path, problems, reporter))
-    raise DataError(f"no such data: '{printable(data)}'; {suggest(data, ['digits', *known.ARCHIVES])} or a folder, "
-                    f"a list file, or a manifest")  # fmt: skip
+    if form == FOLDER:
+        found = folders.scan(path, problems, leaves=leaf_classes)
+        tell_splits(reporter, {"test": found.val_is_test} if found.val_is_test else {})
+        listing = _from_scan(found, path, found.root.name, list(found.train))
+    else:
+        kind, name, parsed = read_listed(form, data, images, reporter, problems)
+        listing = _from_lists(kind, name, path, parsed, problems, reporter)
+    listing = _sorted(listing)
+    if (file := names_file(form, path, names)) is not None:
+        label_C, row_C = np.unique(listing.label_N, return_index=True)
+        first = dict(zip(label_C.tolist(), row_C.tolist(), strict=True))
+        samples = [listing.keys[first[c]] if c in first else None for c in range(len(listing.classes))]
+        shown = class_names.match(class_names.read(file), listing.classes, samples, file)
+        listing.classes = [shown[one] for one in listing.classes]
+    return listing
 
 
 def _known(name: str, data_root: str | None, offline: bool, reporter: Reporter) -> Listing:
@@ -107,8 +122,10 @@ def _manifest(path: Path) -> Listing:
 
 def _from_scan(found: folders.Scan, path: Path, name: str, classes: list[str]) -> Listing:
     """Classes that only the test folder has come last, with no training image."""
-    labels = {one: label for label, one in enumerate(dict.fromkeys([*classes, *found.train, *(found.test or {})]))}
-    parts = {"train": found.train} | ({} if found.test is None else {"test": found.test})
+    names = dict.fromkeys([*classes, *found.train, *(found.test or {}), *(found.val or {})])
+    labels = {one: label for label, one in enumerate(names)}
+    parts = {"train": found.train} | {split: part for split, part in (("val", found.val), ("test", found.test))
+                                      if part is not None}  # fmt: skip
     items = {split: [(key, labels[one]) for one, keys in part.items() for key in keys] for split, part in parts.items()}
     listing = _listing("folder", name, str(path), str(found.root), list(labels), items)
     listing.bad, listing.problems, listing.passed = found.bad, found.problems or [], found.passed
@@ -116,12 +133,11 @@ def _from_scan(found: folders.Scan, path: Path, name: str, classes: list[str]) -
     return listing
 
 
-def _from_list(path: Path, problems: list[Problem], reporter: Reporter) -> Listing:
-    parsed = lists.read(path, problems)
-    if parsed.test is not None:
-        reporter.note(f"test split: {lists.sibling(path)}")
-    parts = {"train": parsed.train} | ({} if parsed.test is None else {"test": parsed.test})
-    listing = _listing(LIST, path.stem or path.name, str(path), str(parsed.root), parsed.classes, parts)
+def _from_lists(kind: str, name: str, path: Path, parsed: lists.Lists, problems: list[Problem], reporter: Reporter) -> Listing:
+    tell_splits(reporter, parsed.files)
+    parts = {"train": parsed.train} | {split: part for split, part in (("val", parsed.val), ("test", parsed.test))
+                                       if part is not None}  # fmt: skip
+    listing = _listing(kind, name, str(path), str(parsed.root), parsed.classes, parts)
     listing.bad, listing.problems = parsed.bad, problems
     return listing
 

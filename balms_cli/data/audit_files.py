@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..reporter import Reporter
-from . import known
+from . import known, tar_entry
 from .aside import printable
 from .audit import Listing
 from .decode import BadImage, check_size, open_image, quiet_pillow
@@ -96,6 +97,8 @@ class _Root:
         """Real path and status of a regular file. Raises: BadImage, or OSError."""
         if key.count("/") > MAX_DEPTH:
             raise BadImage(TOO_DEEP)
+        if (place := tar_entry.find(os.path.join(self.real, key))) is not None:
+            return self._find_in_tar(key, place)
         folder, _, name = key.rpartition("/")
         real = self._folders.get(folder)
         if real is None:
@@ -113,6 +116,15 @@ class _Root:
             what = next((name for test, name in _SPECIAL if test(status.st_mode)), "not a regular file")
             raise BadImage(f"{what}, not a file")
         return path, status
+
+    def _find_in_tar(self, key: str, place: tar_entry.Place) -> tuple[str, os.stat_result]:
+        """The same of an image in a shard: its own size, and a number that no other image there has."""
+        shard, status = self.find(os.path.relpath(place.shard, self.real))
+        if place.offset + place.size > status.st_size:
+            raise BadImage("missing: the tar file ends before it")
+        inode = (status.st_ino * 0x9E3779B97F4A7C15 + place.offset) & _WORD
+        values = (status.st_mode, inode, status.st_dev, 1, 0, 0, place.size, 0, 0, 0)
+        return shard + os.path.join(self.real, key)[len(place.shard) :], os.stat_result(values)
 
 
 def look(listing: Listing, reporter: Reporter, *, decode: bool, hashes: bool, workers: int | None = None) -> Facts:
@@ -175,6 +187,12 @@ def look(listing: Listing, reporter: Reporter, *, decode: bool, hashes: bool, wo
 def _read(root: _Root, key: str, row: int, facts: Facts, digest: np.ndarray | None, big: threading.Lock, decode: bool) -> None:
     """One file: its hash into ``digest``, and its pixels, which are decoded and forgotten. Raises: whatever goes wrong."""
     path, _ = root.find(key)
+    if (entry := tar_entry.open_entry(path)) is not None:
+        if digest is not None:
+            digest[:] = np.frombuffer(hashlib.sha256(entry.getbuffer()).digest(), np.uint8)
+        if decode:
+            _decode(entry, row, facts, big)
+        return
     # Not to wait for a writer, should it have become a pipe just now.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(descriptor, "rb") as file:
@@ -184,16 +202,20 @@ def _read(root: _Root, key: str, row: int, facts: Facts, digest: np.ndarray | No
         if digest is not None:
             digest[:] = np.frombuffer(hashlib.file_digest(file, "sha256").digest(), np.uint8)
             file.seek(0)
-        if not decode:
-            return
-        with open_image(file) as image:
-            check_size(image)
-            facts.mode_N[row], facts.format_N[row] = facts.modes(image.mode), facts.formats(image.format or "")
-            turned = image.getexif().get(0x0112, 1) in _TURNED
-            width, height = image.size[::-1] if turned else image.size
-            with big if width * height > BIG else nullcontext():
-                image.load()
-            facts.width_N[row], facts.height_N[row] = width, height
+        if decode:
+            _decode(file, row, facts, big)
+
+
+def _decode(file: BinaryIO, row: int, facts: Facts, big: threading.Lock) -> None:
+    """The pixels of an open file, and what they tell."""
+    with open_image(file) as image:
+        check_size(image)
+        facts.mode_N[row], facts.format_N[row] = facts.modes(image.mode), facts.formats(image.format or "")
+        turned = image.getexif().get(0x0112, 1) in _TURNED
+        width, height = image.size[::-1] if turned else image.size
+        with big if width * height > BIG else nullcontext():
+            image.load()
+        facts.width_N[row], facts.height_N[row] = width, height
 
 
 def why(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """One image file to an array: whatever its format and mode, and whoever made it."""
 
+import logging
 import os
 import stat
 import threading
@@ -11,16 +12,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from . import tar_entry
 from .aside import printable
 
 # Plain raster formats only: Pillow's others can start programs (EPS) or hold no pixels of their own.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 BIG = 32_000_000  # pixels; images above that are decoded one at a time, so that threads do not multiply their memory
 _one_big = threading.Lock()
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of odd files goes to stderr
 _STRIP = 1 << 20  # values that are scaled to 8 bits at a time
 _DAMAGED = ("truncated", "not enough image data", "broken data stream", "unrecognized data stream", "decoder object")
 _HEIF = (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")  # from byte 4 on, of a phone's HEIC photo
 
+_DRAFTED = ("JPEG", "MPO")  # MPO: a JPEG file with further pictures behind the first
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 
 
@@ -39,29 +43,42 @@ def read_image(path: str | Path, size: int | None, crop: Callable[[int, int], Bo
     try:
         with open_image(path) as image:
             check_size(image)
-            whole = upright_size(image)
-            box = None if crop is None else crop(*whole)
-            if size is not None:
-                _draft(image, size, min(image.size) if box is None else min(box[2:]))
-            with _one_big if image.width * image.height > BIG else nullcontext():
-                image.load()
-                if size is None:
-                    return None
-                upright = _upright(image)
-                if box is None:
-                    return fit(upright, size, resample)
-                x, y = upright.width / whole[0], upright.height / whole[1]  # as the decoder scaled it
-                left, top, width, height = box
-                edges = (left * x, top * y, (left + width) * x, (top + height) * y)
-                return np.asarray(upright.resize((size, size), resample, box=edges)).transpose(2, 0, 1)
+            with _one_big if _takes_much(image, size) else nullcontext():
+                return _read(image, size, crop, resample)
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes; each is a bad image, not a bug
         raise BadImage(_reason(error, path)) from None
 
 
+def _read(image: Image.Image, size: int | None, crop: Callable[[int, int], Box] | None, resample: Image.Resampling
+          ) -> np.ndarray | None:  # fmt: skip
+    if size is None or image.format not in _DRAFTED:
+        image.load()  # all of it: a PNG file may have its EXIF behind the pixels
+    if size is None:
+        return None
+    whole = upright_size(image)
+    box = None if crop is None else crop(*whole)
+    _draft(image, size, min(image.size) if box is None else min(box[2:]))
+    upright = _upright(image)
+    if box is None:
+        return fit(upright, size, resample)
+    x, y = upright.width / whole[0], upright.height / whole[1]  # as the decoder scaled it
+    left, top, width, height = box
+    edges = (left * x, top * y, (left + width) * x, (top + height) * y)
+    return np.asarray(upright.resize((size, size), resample, box=edges)).transpose(2, 0, 1)
+
+
+def _takes_much(image: Image.Image, size: int | None) -> bool:
+    """Whether to decode it while no other such image is. A JPEG file that is scaled down row by row takes little."""
+    scaled = image.format in _DRAFTED and not image.info.get("progressive") and size and min(image.size) >= 17 * size
+    return image.width * image.height > BIG and not scaled  # 17: random crops are a quarter as long at least, see _draft
+
+
 def open_image(path: str | Path) -> Image.Image:
     """The image, its pixels not yet decoded. A pipe or device is refused: to open one may wait for ever."""
+    if isinstance(path, str | os.PathLike) and (entry := tar_entry.open_entry(path)) is not None:
+        path = entry
     if isinstance(path, str | os.PathLike) and not stat.S_ISREG(os.stat(path).st_mode):
         raise BadImage("not a regular file")
     Image.init()
@@ -69,8 +86,8 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height once EXIF's turn is applied. Those of a TIFF file Pillow gives so by itself."""
-    turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    """Width and height once EXIF's turn is applied, from what was read so far. Pillow turns those of a TIFF file itself."""
+    turned = image.format != "TIFF" and Image.Image.getexif(image).get(0x0112, 1) in (5, 6, 7, 8)
     return image.size[::-1] if turned else image.size
 
 
@@ -84,7 +101,7 @@ def check_size(image: Image.Image) -> None:
 def _draft(image: Image.Image, size: int, shorter: int) -> None:
     """Let the JPEG decoder scale a large photo down (by 2, 4 or 8): ``shorter``, the shorter side of what is kept of it,
     to no less than twice what is needed."""
-    if image.format == "JPEG" and shorter >= 4 * size:
+    if image.format in _DRAFTED and shorter >= 4 * size:
         scale = 2 * size / shorter
         image.draft(None, (round(image.width * scale), round(image.height * scale)))
 
@@ -109,11 +126,16 @@ def _to_8_bits(image: Image.Image, negative: bool) -> Image.Image:
         highest = values.max(initial=0, where=np.isfinite(values))
         if highest <= 255:
             top = 1.0 if image.mode == "F" and highest <= 1 else 255.0
+    table = np.rint(np.arange(int(top) + 1) * (255 / top)).astype(np.uint8)
+    table = 255 - table if negative else table
     scaled = np.empty(values.shape, dtype=np.uint8)
     rows = max(1, _STRIP // max(1, image.width))
     for first in range(0, len(values), rows):
-        strip = np.nan_to_num(values[first : first + rows].astype(np.float64)).clip(0, top) * (255 / top)
-        scaled[first : first + rows] = (255 - strip if negative else strip).round()
+        strip = values[first : first + rows]
+        if strip.dtype.kind == "f":
+            scaled[first : first + rows] = np.rint(np.nan_to_num(strip.astype(np.float64)).clip(0, top) * (255 / top))
+        else:
+            scaled[first : first + rows] = table[strip.clip(0, int(top))]
     return Image.fromarray(scaled)
 
 
@@ -139,11 +161,13 @@ def _reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or str(error)
     text = printable(str(error)) or type(error).__name__
+    if "MAX_TEXT" in text:
+        return "text or profile too large"  # Pillow names its own constant
     return "truncated" if any(part in text.lower() for part in _DAMAGED) else text[:80]
 
 
 def _first_bytes(path: str | Path) -> bytes:
-    with open(path, "rb") as file:
+    with tar_entry.open_entry(path) or open(path, "rb") as file:
         return file.read(12)
 
 

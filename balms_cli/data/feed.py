@@ -157,24 +157,24 @@ class OnDisk:
     def _submit(self, images_B: Tensor, view: View | None) -> "_Reading":
         images, samples = images_B.tolist(), view.samples_B.tolist() if view is not None else None
         out = torch.empty(len(images), 3, self.size, self.size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        reading = _Reading(out, {}, [])
+        reading = _Reading(images, out, {}, [])
 
         def read(first: int) -> float:
             began = time.perf_counter()
             for b in range(first, min(first + _CHUNK, len(images))):
                 crop = None if view is None else keyed_crop(mix(view.seed, view.stream, samples[b]))
-                self._read(images[b], b, crop, reading)
+                self._read(images[b], b, crop, reading, gpu=self.decode == "gpu")
             return time.perf_counter() - began
 
         chunks = range(0, len(images), _CHUNK)
         reading.chunks = [self.pool.submit(read, c) for c in chunks] if self.pool else [_Now(read, c) for c in chunks]
         return reading
 
-    def _read(self, image: int, b: int, crop: Callable[[int, int], Box] | None, reading: "_Reading") -> None:
+    def _read(self, image: int, b: int, crop: Callable[[int, int], Box] | None, reading: "_Reading", *, gpu: bool) -> None:
         key = self.keys[image]
         try:
             path = inside(self.root, key)
-            if self.decode == "gpu":
+            if gpu:
                 from .gpu_decode import jpeg_bytes
 
                 if (found := jpeg_bytes(path, crop)) is not None:
@@ -192,7 +192,14 @@ class OnDisk:
         if reading.coded:
             from .gpu_decode import decode_into
 
-            decode_into(pixels, reading.coded, self.size)
+            try:
+                decode_into(pixels, reading.coded, self.size)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a file that it refuses: Pillow reads it, or says what is wrong with it
+                for b, (_, box) in reading.coded.items():
+                    self._read(reading.images[b], b, lambda *_, box=box: box, reading, gpu=False)
+                pixels = reading.out.to(self.device, non_blocking=True)
         waited = time.perf_counter() - began
         for pace in (self.pace, self.total):
             pace.images, pace.read_seconds = pace.images + len(pixels), pace.read_seconds + read_seconds
@@ -204,6 +211,7 @@ class OnDisk:
 class _Reading:
     """A batch under way: pixels that arrive in ``out``, files left to a GPU's decoder in ``coded`` by place."""
 
+    images: list[int]
     out: Tensor
     coded: dict[int, tuple[Tensor, Box | None]]
     chunks: list["Future | _Now"]

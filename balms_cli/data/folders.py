@@ -1,4 +1,7 @@
-"""Folders of images: ``train/CLASS/*`` with ``test/CLASS/*``, or ``CLASS/*``."""
+"""Folders of images: ``train/CLASS/*`` with ``test/CLASS/*`` or ``val/CLASS/*`` or both, or ``CLASS/*``.
+
+These are torchvision's ImageFolder, ImageNet and INaturalist layouts, too. ``val`` alone is the test split, as ImageNet's is.
+"""
 
 import os
 from collections import Counter
@@ -17,6 +20,9 @@ _MAX_REPEATS = 100_000  # folders met again by way of links: above that it is a 
 MAX_DEPTH = 100  # folders in one another; the system takes time that grows with the cube of it
 TOO_DEEP = f"more than {MAX_DEPTH} folders deep"
 Problem = tuple[str, str]  # (kind, message)
+# Names of the split folders: train, test, val.
+_SPLITS = (("train", "test", "val"), ("2021_train", "2021_test", "2021_valid"), ("2021_train_mini", "2021_test", "2021_valid"),
+           ("train_mini", "test", "val"))  # fmt: skip
 
 
 @dataclass
@@ -25,44 +31,64 @@ class Scan:
 
     What was passed over: ``passed``, files by type ('.txt'; 'hidden'); ``stray``, images outside class folders;
     ``beside``, folders beside train and test; ``again``, links to a folder that the class holds already.
+    ``val_is_test``: the validation folder that stands in for the test split, if one does; ``leaves``: every folder that
+    holds images is a class, named by its path.
     """
 
     root: Path
     train: dict[str, list[str]]
     test: dict[str, list[str]] | None
+    val: dict[str, list[str]] | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
     passed: Counter[str] = field(default_factory=Counter)
     stray: int = 0
     beside: list[str] = field(default_factory=list)
     again: int = 0
+    val_is_test: str = ""
+    leaves: bool = False
     problems: list[Problem] | None = None
     repeats: int = 0
     folders: set[str] = field(default_factory=set)
 
 
-def scan(folder: Path, problems: list[Problem] | None = None) -> Scan:
+def scan(folder: Path, problems: list[Problem] | None = None, *, leaves: bool = False) -> Scan:
     """List a folder's images by class. Hidden files and other file types are passed over; class folders may be nested.
 
     Raises: DataError for a folder without class folders, or a class folder without images. ``problems``: takes what
-    would be raised about a class; one without images then stays, with none.
+    would be raised about a class; one without images then stays, with none. ``leaves``: see :class:`Scan`.
     """
     try:
         root = folder.resolve(strict=True)
-        result = Scan(root, {}, None, problems=problems)
-        if _is_split(root / "train", root / "test"):
-            result.train = _classes(result, "train/")
-            if (root / "test").is_dir():
-                result.test = _classes(result, "test/")
-            for entry in os.scandir(root):
-                if _is_dir(entry) and not entry.name.startswith(".") and entry.name not in ("train", "test"):
-                    result.beside.append(entry.name)
-                elif _is_image(entry.name):
-                    result.stray += 1
-        else:
+        result = Scan(root, {}, None, problems=problems, leaves=leaves)
+        names = next((names for names in _SPLITS if _is_split(root / names[0], root / names[1])), None)
+        if names is None:
             result.train = _classes(result, "")
+            return result
+        train, test, val = names
+        used = {train}
+        result.train = _classes(result, f"{train}/")
+        if (root / test).is_dir():
+            result.test = _classes(result, f"{test}/")
+            used.add(test)
+        if _has_classes(root / val):
+            found = _classes(result, f"{val}/", needed=False)
+            if any(found.values()):
+                used.add(val)
+                result.val = found
+        if result.test is None and result.val is not None:
+            result.test, result.val, result.val_is_test = result.val, None, val
+        for entry in os.scandir(root):
+            if _is_dir(entry) and not entry.name.startswith(".") and entry.name not in used:
+                result.beside.append(entry.name)
+            elif _is_image(entry.name):
+                result.stray += 1
     except OSError as error:
         raise DataError(f"cannot read {error.filename or folder}: {error.strerror or error}") from None
     return result
+
+
+def _has_classes(folder: Path) -> bool:
+    return folder.is_dir() and any(_is_dir(entry) for entry in os.scandir(folder) if not entry.name.startswith("."))
 
 
 def _is_split(train: Path, test: Path) -> bool:
@@ -92,8 +118,8 @@ def _mind(result: Scan, kind: str, message: str) -> None:
     result.problems.append((kind, message))
 
 
-def _classes(result: Scan, prefix: str) -> dict[str, list[str]]:
-    """The class folders under ``root/prefix``."""
+def _classes(result: Scan, prefix: str, *, needed: bool = True) -> dict[str, list[str]]:
+    """The class folders under ``root/prefix``. ``needed``: one without images is an error."""
     base = result.root / prefix
     names = []
     for entry in os.scandir(base):
@@ -108,16 +134,22 @@ def _classes(result: Scan, prefix: str) -> dict[str, list[str]]:
         if prefix != "test/":
             raise DataError(message)
         _mind(result, "no-classes", message)
-    classes = {}
+    classes: dict[str, list[str]] = {}
     for name in sorted(names):
         if not is_plain(name):
             _mind(result, "class-name",
                   f"{base}: class folder '{printable(name)}' has a control character in its name; rename it")  # fmt: skip
             continue
         refused = len(result.bad)
-        classes[name] = sorted(_images(result, prefix + name))
-        if not classes[name] and len(result.bad) == refused and result.problems is None:
+        keys = sorted(_images(result, prefix + name))
+        if not keys and len(result.bad) == refused and result.problems is None and needed:
             raise DataError(f"class '{name}' has no images: {base / name} is empty or holds other file types")
+        if not result.leaves:
+            if keys or needed:
+                classes[name] = keys
+            continue
+        for key in keys:
+            classes.setdefault(key[len(prefix) :].rpartition("/")[0], []).append(key)
     return classes
 
 
@@ -130,6 +162,7 @@ def _images(result: Scan, key: str) -> list[str]:
     seen: set[str] = set()
     folders: list[tuple[str, str]] = []
     linked = [key]
+    home = os.path.realpath(result.root / key)
     while folders or linked:
         if not folders:  # by its own name first: links come last, in order
             linked.sort(reverse=True)
@@ -140,7 +173,7 @@ def _images(result: Scan, key: str) -> list[str]:
             result.bad.append((key, TOO_DEEP))
         elif not is_inside(real, result.root):
             result.bad.append((key, "a link that leaves the folder"))
-        elif real in seen:
+        elif real in seen or (seen and is_inside(home, real)):  # met already, or a way back up that would hold other classes
             result.again += 1
         else:
             seen.add(real)

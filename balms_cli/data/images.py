@@ -12,6 +12,7 @@ from ..errors import DataError
 from ..reporter import Reporter
 from . import known
 from .aside import name_some, printable
+from .audit import case_clashes
 from .decode import BadImage, fit, open_image, quiet_pillow, read_image, upright_size
 from .folders import is_inside
 from .manifest import Manifest, Split
@@ -67,8 +68,19 @@ def root_of(manifest: Manifest) -> str:
 
 
 def check_images(source: Source, reporter: Reporter | None = None, *, threads: int | None = None) -> list[tuple[str, str]]:
-    """Decode every image of a folder or list source once, in full. Returns: (key, reason) of the bad ones, in order."""
-    keys = list(dict.fromkeys(key for key, _ in source.train + (source.test or [])))
+    """Decode every image of a folder or list source once, in full. Returns: (key, reason) of the bad ones, in order.
+
+    Warns of classes that are hardly meant: one alone, or two whose names only case or Unicode's normal form tells apart.
+    """
+    reporter = reporter or Reporter()
+    if len(source.classes) == 1:
+        name = printable(source.classes[0])
+        reporter.warn(f"'{name}' is the only class, so there is nothing to tell apart; if it holds the class folders, name it: "
+                      f"{Path(source.root) / name}")  # fmt: skip
+    for names in case_clashes(source.classes):
+        reporter.warn(f"classes {', '.join(map(printable, names))} differ by case or Unicode form only, and are kept apart; "
+                      "if they are one, merge them: a Mac or Windows would")  # fmt: skip
+    keys = list(dict.fromkeys(key for key, _ in source.train + (source.test or []) + (source.val or [])))
     real_root = os.path.realpath(source.root)
 
     def read(i: int) -> str | None:
@@ -78,7 +90,7 @@ def check_images(source: Source, reporter: Reporter | None = None, *, threads: i
             return str(error)
         return None
 
-    bad = _for_all(read, range(len(keys)), reporter or Reporter(), "checking images", threads)
+    bad = _for_all(read, range(len(keys)), reporter, "checking images", threads)
     return [(keys[i], reason) for i, reason in bad]
 
 

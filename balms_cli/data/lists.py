@@ -1,10 +1,12 @@
-"""Lists of images: text files of ``path label`` lines, and CSV files with a header ``path,label[,split]``.
+"""Lists of images: text files of ``path label`` lines, CSV files with a header ``path,label[,split]``, iNaturalist's JSON.
 
 Paths are relative to the list's folder, or to a folder that is given. A list may have siblings: 'test' or 'val' in place
 of the last 'train' in its name. The published lists of ImageNet-LT, Places-LT and iNaturalist 2018 have this form.
 """
 
+import codecs
 import csv
+import json
 import os
 import re
 import stat
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, one_line
 from .aside import is_plain, printable
 from .folders import MAX_DEPTH, TOO_DEEP, Problem, is_inside
 
@@ -21,6 +23,10 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,9}")
 _MAX_GAPS = 100_000  # integer labels that no line has, above which the list is refused even where problems are collected
 _MAX_CELL = 1 << 17  # characters of a cell of a CSV file
 _PATH, _LABEL = ("path", "image", "file", "filename"), ("label", "class")  # names of columns, as people have them
+PLACES365 = ("places365_train_standard.txt", "places365_train_challenge.txt")
+_PLACES_TRAIN = ("data_256_standard", "data_256_challenge", "data_256", "data_large_standard", "data_large_challenge",
+                 "data_large")  # fmt: skip
+_PLACES_VAL = ("val_256", "val_large")
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 Item = tuple[str, int]  # (key, label)
 
@@ -79,11 +85,11 @@ def read(path: Path, problems: list[Problem] | None = None, images: Path | None 
     if not root.is_dir():
         raise DataError(f"the images' folder {root} is not there: --images names it")
     bad: list[tuple[str, str]] = []
-    is_csv = path.suffix.lower() == ".csv"
-    parts = _table(path, root, bad, problems) if is_csv else {"train": _lines(path, root, bad, problems)}
+    reader = {".csv": _table, ".json": _annotations}.get(path.suffix.lower(), _lines)
+    parts = reader(path, root, bad, problems)
     files = siblings(path) if len(parts) == 1 else {}
     for split, other in files.items():
-        parts[split] = (_table(other, root, bad, problems) if is_csv else {"train": _lines(other, root, bad, problems)})["train"]
+        parts[split] = reader(other, root, bad, problems)["train"]
     result = assemble(root, parts, bad, problems)
     result.files = files
     return result
@@ -187,17 +193,43 @@ class _Taker:
 def _open(path: Path, what: str) -> Iterator[str]:
     """The lines of a text file, one at a time; Windows line ends and a byte order mark are minded."""
     try:
-        with open(path, encoding="utf-8-sig", newline="\n" if what == "list" else "") as stream:
+        with open(path, "rb") as file:  # UTF-16 is what PowerShell's > writes
+            encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        with open(path, encoding=encoding, newline="\n" if what == "list" else "") as stream:
             yield from stream
-    except UnicodeDecodeError:
+    except UnicodeError:
         form = "text file of 'path label' lines" if what == "list" else "CSV file with a header 'path,label'"
         raise DataError(f"{path} is neither a folder nor a {form} (UTF-8)") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _lines(path: Path, root: Path, bad: list[tuple[str, str]], problems: list[Problem] | None) -> Entries:
-    """All entries of one list file; blank lines and comments (#) are passed over."""
+def read_places365(folder: Path, problems: list[Problem] | None = None) -> Lists:
+    """Places365 as torchvision and its authors lay it out: lists of ``/a/airfield/00000001.jpg 0`` beside the images' folders.
+
+    The small images (256 px) are taken where both sizes are there. Raises: DataError as :func:`read` does.
+    """
+    root, bad = folder.resolve(), []
+    parts, files = {}, {}
+    for split, names, folders in (("train", PLACES365, _PLACES_TRAIN), ("test", ("places365_val.txt",), _PLACES_VAL)):
+        file = next((root / name for name in names if (root / name).is_file()), None)
+        images = next((name for name in folders if (root / name).is_dir()), None)
+        if file is None:
+            continue
+        if images is None:
+            raise DataError(f"{root} has the list {file.name} but no images: none of {', '.join(folders)} is there")
+        parts[split] = _lines(file, root, bad, problems, f"{images}/")["train"]
+        files[split] = file
+    result = assemble(root, parts, bad, problems)
+    result.files = {split: file for split, file in files.items() if split != "train"}
+    return result
+
+
+def _lines(
+    path: Path, root: Path, bad: list[tuple[str, str]], problems: list[Problem] | None, prefix: str | None = None
+) -> dict[str, Entries]:
+    """All entries of one list file; blank lines and comments (#) are passed over. ``prefix``: the folder that its paths
+    are within, though they begin with a slash."""
     taker = _Taker(path.name, root, bad, problems)
     for number, content in enumerate(_open(path, "list"), 1):
         content = content.strip()
@@ -209,10 +241,36 @@ def _lines(path: Path, root: Path, bad: list[tuple[str, str]], problems: list[Pr
             _mind(problems, "line",
                   f"{path.name} line {number}: expected 'path label', got '{printable(content[:80])}'")  # fmt: skip
             continue
-        taker.take(number, parts[0], parts[1])
+        taker.take(number, parts[0] if prefix is None else prefix + parts[0].lstrip("/"), parts[1])
     if not taker.entries.keys:
         raise DataError(f"{path} lists no images; expected lines of 'path label'")
-    return taker.entries
+    return {"train": taker.entries}
+
+
+def _annotations(path: Path, root: Path, bad: list[tuple[str, str]], problems: list[Problem] | None) -> dict[str, Entries]:
+    """iNaturalist's own files (``train2018.json``): images with an id and a ``file_name``, annotations that give each a
+    ``category_id``. An image is numbered by its place in the file."""
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            found = json.load(stream)
+        labels = {one["image_id"]: one["category_id"] for one in found["annotations"]}
+        images = [(one["file_name"], labels.pop(one["id"])) for one in found["images"]]
+        if labels or not all(isinstance(name, str) and type(label) is int for name, label in images):
+            raise ValueError("images and annotations do not fit each other")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is no manifest of balms, and no file of images with one annotation each: "
+                        f"{one_line(error)}") from None  # fmt: skip
+    taker = _Taker(path.name, root, bad, problems)
+    for number, (name, label) in enumerate(images, 1):
+        if not name or not is_plain(name):
+            _mind(problems, "line", f"{path.name} image {number}: its file name is empty or holds a control character")
+            continue
+        taker.take(number, name, str(label))
+    if not taker.entries.keys:
+        raise DataError(f"{path} lists no images")
+    return {"train": taker.entries}
 
 
 def _table(path: Path, root: Path, bad: list[tuple[str, str]], problems: list[Problem] | None) -> dict[str, Entries]:
@@ -266,8 +324,10 @@ def _column(path: Path, header: list[str], names: tuple[str, ...]) -> int:
 def _key(path: str, root: Path, name: str, number: int) -> str:
     """The path relative to the root. Raises: DataError where it leads out of it."""
     # As most are: relative, and written in one way.
-    if os.sep == "/" and path[0] not in "/." and "/." not in path and "//" not in path and path[-1] != "/":
+    if path[0] not in "/." and path[-1] != "/" and "/." not in path and "//" not in path and "\\" not in path and os.sep == "/":
         return path
+    if os.sep == "/" and "\\" in path and not os.path.lexists(os.path.join(root, path)):  # a list that Windows wrote
+        path = path.replace("\\", "/")
     absolute = os.path.normpath(os.path.join(root, path))
     if os.path.isabs(path):  # perhaps written by way of a link to the root
         absolute = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))

@@ -6,6 +6,7 @@ Counts are in images a class, classes in head-to-tail order. C is the number of 
 import hashlib
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -48,7 +49,61 @@ def class_counts_step(n_max: int, k: int, imbalance: float) -> np.ndarray:
     return np.where(np.arange(k) < (k + 1) // 2, n_max, tail).astype(np.int64)
 
 
-PROFILES = {"exponential": class_counts_exponential, "step": class_counts_step}
+def class_counts_pareto(n_max: int, k: int, imbalance: float, alpha: float = 6.0) -> np.ndarray:
+    """The Pareto tail of ImageNet-LT: the values of a Pareto law at its median ranks, stretched from ``n_max`` down to
+    ``n_max / imbalance``.
+
+    Class c gets ``u ** (-1 / alpha)`` with ``u = (c + 0.7) / (k + 0.4)``, the median of the (c + 1)-th smallest of k uniform
+    draws (Benard's approximation), so this is the middle of what a random draw gives. Returns: int64 [k], decreasing, at
+    least one a class. Raises: ValueError for values out of range. Source: Liu et al., CVPR 2019 (OLTR), section 4: Pareto
+    with alpha 6. Its lists are random draws; for Places-LT the authors name another alpha than the paper does (1.34,
+    their issue 38).
+    """
+    _check(n_max, k, imbalance)
+    if not alpha > 0 or not np.isfinite(alpha):
+        raise ValueError(f"need a finite alpha > 0, got {alpha}")
+    if k == 1:
+        return np.array([n_max], dtype=np.int64)
+    log_C = -np.log((np.arange(k) + 0.7) / (k + 0.4)) / alpha
+    value_C = np.exp(log_C - log_C[0])  # beside the largest: a small alpha makes numbers that no float holds
+    share_C = (value_C - value_C[-1]) / (1 - value_C[-1])
+    n_min = n_max / imbalance
+    return np.maximum(_floor(n_min + share_C * (n_max - n_min)), 1)
+
+
+def alpha_for_total(total: int, n_max: int, k: int, imbalance: float) -> float | None:
+    """The alpha at which the Pareto tail comes nearest to ``total`` images, to four digits; None where none does.
+
+    A larger alpha makes a flatter tail, so more images.
+    """
+
+    def images(alpha: float) -> int:
+        return int(class_counts_pareto(n_max, k, imbalance, alpha).sum())
+
+    low, high = 0.05, 1000.0
+    if not images(low) <= total <= images(high):
+        return None
+    while high / low > 1 + 1e-5:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if images(middle) < total else (low, middle)
+    return float(f"{high:.4g}")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published long-tailed training list: its classes, largest and smallest class, and images."""
+
+    name: str
+    classes: int
+    largest: int
+    smallest: int
+    images: int
+
+
+# Liu et al., CVPR 2019; Places-LT's images as counted in its list (the paper's text says 184,500: its authors' issue 38).
+PUBLISHED = (Published("ImageNet-LT", 1000, 1280, 5, 115_846), Published("Places-LT", 365, 4980, 5, 62_500))
+
+PROFILES = {"exponential": class_counts_exponential, "step": class_counts_step, "pareto": class_counts_pareto}
 
 
 def imbalance_factor(counts: Sequence[int] | np.ndarray) -> float:
@@ -84,6 +139,8 @@ def order_images(seed: int, class_name: str, keys: Sequence[str]) -> np.ndarray:
     of files, or the other images), and keeping fewer images keeps a subset. Names are compared in Unicode's composed
     form: file systems differ in the form they give back.
     """
-    start = f"{seed}\0{unicodedata.normalize('NFC', class_name)}\0"
-    digests = [hashlib.sha256((start + unicodedata.normalize("NFC", key)).encode()).digest() for key in keys]
-    return np.array(sorted(range(len(keys)), key=lambda i: (digests[i], keys[i])), dtype=np.int64)
+    start = f"{seed}\0{unicodedata.normalize('NFC', class_name)}\0".encode()
+    sha256 = hashlib.sha256
+    digests = [sha256(start + (key if key.isascii() else unicodedata.normalize("NFC", key)).encode()).digest() for key in keys]
+    order = sorted(zip(digests, keys, range(len(digests)), strict=True))
+    return np.fromiter((i for _, _, i in order), np.int64, len(order))

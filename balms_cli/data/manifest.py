@@ -24,7 +24,7 @@ SPLITS = ("train", "val", "meta", "test")
 
 class _SourceModel(BaseModel):
     model_config = ConfigDict(strict=True)
-    kind: Literal["folder", "list", "cifar", "digits"]
+    kind: Literal["folder", "list", "shards", "cifar", "digits"]
     name: str
     root: str
 
@@ -152,6 +152,25 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
     if foreign:
         what = aside.name_some([aside.printable(entry) for entry in foreign], 3)
         raise ConfigError(f"{folder} holds more than a manifest ({what}), so it is left alone; choose another --out")
+
+
+def stored_sha256(folder: Path) -> str | None:
+    """The sha256 of the manifest in a folder, where its index files are those that it tells of; else None."""
+    try:
+        header = _parse_header(_read(folder / HEADER), folder / HEADER)
+        texts = {split: _read(folder / f"{split}.csv") for split in header.splits}
+    except DataError:
+        return None
+    return header.sha256 if index_sha256(header.classes, texts) == header.sha256 else None
+
+
+def is_manifest(file: Path) -> bool:
+    """Whether a JSON file means to be a manifest: it says so at its beginning."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return FORMAT in stream.read(200)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def now() -> str:

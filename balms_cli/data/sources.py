@@ -1,27 +1,34 @@
-"""Sources of images: digits, CIFAR, a folder, a list file. A source says what is there; nothing is drawn here yet."""
+"""Sources of images: digits, CIFAR, a folder, a list, shards. A source says what is there; nothing is drawn here yet."""
 
 import itertools
+import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..config import MakeLTConfig, suggest
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..reporter import Reporter
-from . import folders, known, lists
+from . import class_names, folders, known, lists, shards, tar_entry
+from .aside import printable
+from .lists import Item
 from .longtail import order_images
 
-Item = tuple[str, int]  # (key, label)
 DIGITS_TEST = 50  # test images a class of the digits: enough to tell 2 % apart, and over 120 stay for the head
+PLACES_NAMES = "categories_places365.txt"
+# How a source gives its images. FOLDER, LIST and SHARDS (tar files) are what manifests know; Places365's is a list there.
+FOLDER, LIST, SHARDS, PLACES = "folder", "list", "shards", "places365"
 MIN_SPLIT = 3  # a class with fewer images than this gives none to the test split
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a source holds. ``classes`` in label order; ``test`` None: there is no test split yet.
+    """What a source holds. ``classes`` in label order; ``test`` None: there is no test split yet; ``val``: a validation
+    split that the source brings.
 
     ``known``: a set with a label order and a split of its own. ``bad``: (key, reason) of what could be listed, but is
-    not to be read, such as a link out of the root.
+    not to be read, such as a link out of the root. ``names``: what to call each class, where that is not as in ``classes``.
     """
 
     kind: str
@@ -32,9 +39,14 @@ class Source:
     test: list[Item] | None
     known: bool = False
     bad: list[tuple[str, str]] = field(default_factory=list)
+    val: list[Item] | None = None
+    names: dict[str, str] = field(default_factory=dict)
 
     def hash_key(self, key: str) -> str:
-        """What orders an image: the key; in known sets without the extension, as PNG and WebP hold the same image."""
+        """What orders an image: the key; in known sets without the extension, as PNG and WebP hold the same image; in shards
+        the member's name, so that the same samples in other shards give the same draw."""
+        if self.kind == SHARDS:
+            return tar_entry.name_of(key)
         return key.rpartition(".")[0] or key if self.known else key
 
 
@@ -45,16 +57,78 @@ def open_source(config: MakeLTConfig, reporter: Reporter, archives: dict[str, kn
     archives other than CIFAR's own, for tests.
     """
     name, archives = config.source, archives or known.ARCHIVES
+    if name == "digits" or name in archives:
+        check_known(name, config.images, config.names, config.leaf_classes)
     if name == "digits":
         return _digits()
     if name in archives:
         return _cifar(archives[name], config, reporter)
-    path = Path(name).expanduser()
+    form, path = form_of(name), Path(name).expanduser()
+    if form is None:
+        raise DataError(f"no such source: '{printable(name)}'; {suggest(name, ['digits', *archives])} or a folder, a list "
+                        "file, or tar shards")  # fmt: skip
+    check_unused(form, config.images, config.leaf_classes)
+    source = _folder(path, config.leaf_classes, reporter) if form == FOLDER else _listed(form, config, reporter)
+    names = names_file(form, path, config.names)
+    return sort_classes(source if names is None else _named(source, names))
+
+
+def form_of(source: str) -> str | None:
+    """How a source gives its images: FOLDER, PLACES, SHARDS or LIST; None where nothing of that name is there."""
+    path = Path(source).expanduser()
     if path.is_dir():
-        return sort_classes(_folder(path))
-    if path.is_file():
-        return sort_classes(_list(path, reporter))
-    raise DataError(f"no such source: '{name}'; {suggest(name, ['digits', *archives])} or a folder, or a list file")
+        if any((path / name).is_file() for name in lists.PLACES365):
+            return PLACES
+        return SHARDS if shards.holds_shards(path) else FOLDER
+    if shards.is_pattern(source):
+        return SHARDS
+    return LIST if path.is_file() else None
+
+
+def read_listed(
+    form: str, source: str, images: str | None, reporter: Reporter, problems: list[folders.Problem] | None = None
+) -> tuple[str, str, lists.Lists]:
+    """The kind, name and splits of a source that is no folder of classes. ``problems``: see :func:`lists.read`."""
+    path = Path(source).expanduser()
+    if form == SHARDS:
+        # A pattern is called what it says beside its numbers.
+        name = path.resolve().name if path.is_dir() else re.sub(r"[-_.]*\{.*\}|\.tar$", "", path.name) or "shards"
+        return SHARDS, name, shards.read(source, reporter, problems)
+    if form == PLACES:
+        return LIST, path.resolve().name, lists.read_places365(path, problems)
+    folder = None if images is None else Path(images).expanduser()
+    return LIST, path.stem or path.name, lists.read(path, problems, folder)
+
+
+def names_file(form: str, path: Path, given: str | None) -> Path | None:
+    """The file with the names of the classes: the given one, or that which Places365 brings."""
+    if given is None:
+        return path / PLACES_NAMES if form == PLACES and (path / PLACES_NAMES).is_file() else None
+    return Path(given).expanduser()
+
+
+def check_known(name: str, images: str | None, names: str | None, leaf_classes: bool) -> None:
+    """Raises: ConfigError for an option that a known set has no use for."""
+    for option, given in (("--images", images is not None), ("--names", names is not None), ("--leaf-classes", leaf_classes)):
+        if given:
+            raise ConfigError(f"{name} knows its images and the names of its classes: leave out {option}")
+
+
+def check_unused(form: str, images: str | None, leaf_classes: bool) -> None:
+    """Raises: ConfigError for an option that a source of this form has no use for."""
+    if images is not None and form != LIST:
+        raise ConfigError("--images names the folder of a list's or CSV file's images; this source has them itself")
+    if leaf_classes and form != FOLDER:
+        raise ConfigError("--leaf-classes is for folders of images; this source lists its classes")
+
+
+def _named(source: Source, file: Path) -> Source:
+    """The source with the names of its classes, from a file."""
+    samples: dict[int, str] = {}
+    for key, label in source.train:
+        samples.setdefault(label, key)
+    shown = [samples.get(label) for label in range(len(source.classes))]
+    return replace(source, names=class_names.match(class_names.read(file), source.classes, shown, file))
 
 
 def _digits() -> Source:
@@ -87,14 +161,26 @@ def _known_folder(archive: known.Archive, root: Path) -> Source:
     if scan.test is None:
         raise DataError(f"{root} has no test folder; {known.ways(archive)}")
     train, test = (_label(part, archive.classes) for part in (scan.train, scan.test))
-    return Source("folder", archive.name, str(scan.root), archive.classes, train, test, known=True, bad=scan.bad)
+    return Source(FOLDER, archive.name, str(scan.root), archive.classes, train, test, known=True, bad=scan.bad)
 
 
-def _folder(path: Path) -> Source:
-    scan = folders.scan(path)
+def _folder(path: Path, leaves: bool, reporter: Reporter) -> Source:
+    scan = folders.scan(path, leaves=leaves)
     classes = list(scan.train)
-    test = None if scan.test is None else _label(scan.test, classes)
-    return Source("folder", scan.root.name, str(scan.root), classes, _label(scan.train, classes), test, bad=scan.bad)
+    test, val = (None if part is None else _label(part, classes) for part in (scan.test, scan.val))
+    tell_splits(reporter, {"test": scan.val_is_test} if scan.val_is_test else {})
+    first = [keys[0].split("/")[-2] for keys in scan.train.values() if keys and keys[0].count("/") > 1]
+    if not leaves and len(first) == len(classes) > 1 and all(one.isascii() and one.isdigit() for one in first) \
+            and not set(first) & set(classes):  # fmt: skip
+        reporter.note(f"folders with numbers lie within each class, as in iNaturalist: --leaf-classes makes each of them a "
+                      f"class, such as '{printable(classes[0])}/{first[0]}'")  # fmt: skip
+    return Source(FOLDER, scan.root.name, str(scan.root), classes, _label(scan.train, classes), test, bad=scan.bad, val=val)
+
+
+def tell_splits(reporter: Reporter, files: dict[str, object]) -> None:
+    """Which files or folders the test and validation splits are from."""
+    for split, file in files.items():
+        reporter.note(f"{'test' if split == 'test' else 'validation'} split: {file}")
 
 
 def _label(part: dict[str, list[str]], classes: list[str]) -> list[Item]:
@@ -105,18 +191,21 @@ def _label(part: dict[str, list[str]], classes: list[str]) -> list[Item]:
     return [(key, label) for label, name in enumerate(classes) for key in part.get(name, [])]
 
 
-def _list(path: Path, reporter: Reporter) -> Source:
-    parsed = lists.read(path)
-    if parsed.test is not None:
-        reporter.note(f"test split: {lists.sibling(path)}")
-        both = {key for key, _ in parsed.train} & {key for key, _ in parsed.test}
+def _listed(form: str, config: MakeLTConfig, reporter: Reporter) -> Source:
+    kind, name, parsed = read_listed(form, config.source, config.images, reporter)
+    tell_splits(reporter, parsed.files)
+    train = None
+    for split, part in (("test", parsed.test), ("val", parsed.val)):
+        train = {key for key, _ in parsed.train} if part and train is None else train
+        both = [key for key, _ in part or [] if key in train]
         if both:
-            reporter.warn(f"{len(both)} images are in the training and in the test list, such as {min(both)}")
-    name = path.stem or path.name
-    return Source("list", name, str(parsed.root), parsed.classes, parsed.train, parsed.test, bad=parsed.bad)
+            reporter.warn(f"{len(both)} images are in the training and in the {split} list, such as {min(both)}")
+    return Source(kind, name, str(parsed.root), parsed.classes, parsed.train, parsed.test, bad=parsed.bad, val=parsed.val)
 
 
-def cut(items: list[Item], classes: list[str], amounts: dict[int, int]) -> tuple[list[Item], list[Item]]:
+def cut(
+    items: list[Item], classes: list[str], amounts: dict[int, int], hash_key: Callable[[str], str] = str
+) -> tuple[list[Item], list[Item]]:
     """Cut ``amounts[label]`` images a class from ``items``; returns (what stays, what was cut), both in label order.
 
     Drawn by hash with the seed 0, whatever the seed of the run: results of several seeds then share their test images.
@@ -124,7 +213,7 @@ def cut(items: list[Item], classes: list[str], amounts: dict[int, int]) -> tuple
     stays: list[Item] = []
     gone: list[Item] = []
     for label, keys in by_class(items, len(classes)).items():
-        order = order_images(0, classes[label], keys)
+        order = order_images(0, classes[label], [hash_key(key) for key in keys])
         amount = amounts.get(label, 0)
         gone += [(keys[i], label) for i in order[:amount]]
         stays += [(keys[i], label) for i in sorted(order[amount:])]
@@ -148,19 +237,21 @@ def split_test(source: Source, fraction: float) -> Source:
         return source
     sizes = Counter(label for _, label in source.train)
     amounts = {c: min(max(1, round(n * fraction)), n - 1) for c, n in sizes.items() if n >= MIN_SPLIT}
-    train, test = cut(source.train, source.classes, amounts)
+    train, test = cut(source.train, source.classes, amounts, source.hash_key)
     return sort_classes(replace(source, train=train, test=test))
 
 
 def drop(source: Source, keys: set[str]) -> Source:
     """The source without the images in ``keys``. Raises: DataError where a class has no training image left."""
+    if not keys:
+        return source
     train = [item for item in source.train if item[0] not in keys]
-    test = None if source.test is None else [item for item in source.test if item[0] not in keys]
+    test, val = (None if part is None else [item for item in part if item[0] not in keys] for part in (source.test, source.val))
     left = {label for _, label in train}
     for label, name in enumerate(source.classes):
         if label not in left:
             raise DataError(f"class '{name}' has no readable training image left")
-    return sort_classes(replace(source, train=train, test=test))
+    return sort_classes(replace(source, train=train, test=test, val=val))
 
 
 def sort_classes(source: Source) -> Source:
@@ -176,8 +267,16 @@ def sort_classes(source: Source) -> Source:
     order = sorted(range(len(source.classes)), key=rank)
     new = dict(zip(order, itertools.count()))
 
-    def relabel(items: list[Item]) -> list[Item]:
-        return sorted(((key, new[label]) for key, label in items), key=lambda item: item[1])
+    def relabel(items: list[Item] | None) -> list[Item] | None:
+        if items is None:
+            return None
+        return [(key, new[c]) for c, keys in _grouped(items, order) for key in keys]
 
-    test = None if source.test is None else relabel(source.test)
-    return replace(source, classes=[source.classes[i] for i in order], train=relabel(source.train), test=test)
+    train, test, val = relabel(source.train), relabel(source.test), relabel(source.val)
+    return replace(source, classes=[source.classes[i] for i in order], train=train, test=test, val=val)
+
+
+def _grouped(items: list[Item], order: list[int]) -> Iterator[tuple[int, list[str]]]:
+    groups = by_class(items, len(order))
+    for label in order:
+        yield label, groups.pop(label)

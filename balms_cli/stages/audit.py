@@ -53,7 +53,8 @@ def run(config: AuditConfig, reporter: Reporter | None = None) -> Result:
     reporter, began = reporter or Reporter(), time.monotonic()
     if config.data is None:
         raise ConfigError("which data? name a folder, a list file, a manifest, or digits, cifar10, cifar100")
-    listing = open_listing(config.data, config.data_root, config.offline, reporter)
+    listing = open_listing(config.data, config.data_root, config.offline, reporter, images=config.images, names=config.names,
+                           leaf_classes=config.leaf_classes)  # fmt: skip
     hashes = config.decode if config.hashes is None else config.hashes
     facts = look(listing, reporter, decode=config.decode, hashes=hashes, workers=config.workers)
     duplicates = find(listing, facts.content_N)

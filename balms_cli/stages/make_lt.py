@@ -12,12 +12,13 @@ from ..config import MakeLTConfig
 from ..data import aside, longtail
 from ..data.images import check_images, median_size, refuse_bad
 from ..data.index import Split, index_sha256
-from ..data.manifest import HEADER, Manifest, check_target, now
-from ..data.sources import Item, Source, by_class, drop, open_source, split_test
+from ..data.manifest import HEADER, Manifest, check_target, now, stored_sha256
+from ..data.sources import SHARDS, Item, Source, by_class, drop, open_source, split_test
 from ..errors import ConfigError, DataError
 from ..reporter import Reporter
 
 DEFAULT_IMBALANCE = {"digits": 40.0}  # at which the 128 training images of the head leave all three shot groups
+_ALPHA = MakeLTConfig.model_fields["alpha"].default
 KNOWN_IMBALANCE = 100.0  # the factor most often reported for CIFAR-LT
 
 
@@ -62,6 +63,8 @@ def run(
     reporter = reporter or Reporter()
     if config.as_is and config.imbalance is not None:
         raise ConfigError("--as-is keeps every image and --imbalance makes a tail: give one of the two")
+    if "alpha" in config.model_fields_set and config.profile != "pareto" and config.alpha != _ALPHA:
+        raise ConfigError(f"--alpha is the exponent of --profile pareto; {config.profile} has none")
     source = open_source(config, reporter)
     imbalance = _imbalance(config, source)
     source, skipped = _without_bad(source, config, reporter)
@@ -69,6 +72,7 @@ def run(
     splits = _draw(source, config, imbalance, reporter)
     manifest = _describe(source, splits, config, imbalance, skipped)
     show(manifest, reporter)
+    _compare(manifest, config.alpha, reporter)
     folder = Path(out) if out is not None else Path(workspace) / "data" / f"{manifest.name}-{manifest.sha256[:8]}"
     folder = folder.expanduser().absolute()
     manifest = replace(manifest, path=folder)
@@ -94,8 +98,8 @@ def _without_bad(source: Source, config: MakeLTConfig, reporter: Reporter) -> tu
     Known sets are believed (their archives carry checksums) unless ``skip_bad`` asks for a look.
     """
     bad = list(source.bad)
-    total = len(source.train) + len(source.test or []) + len(bad)
-    if source.kind in ("folder", "list") and (config.skip_bad or (config.check and not source.known)):
+    total = len(source.train) + len(source.test or []) + len(source.val or []) + len(bad)
+    if source.kind in ("folder", "list", SHARDS) and (config.skip_bad or (config.check and not source.known)):
         bad += check_images(source, reporter)
     if not config.skip_bad:
         refuse_bad(bad, total)
@@ -106,7 +110,12 @@ def _without_bad(source: Source, config: MakeLTConfig, reporter: Reporter) -> tu
 
 
 def _draw(source: Source, config: MakeLTConfig, imbalance: float | None, reporter: Reporter) -> dict[str, list[Item]]:
-    """Items a split. Each class in its hash order: first validation, then meta, then what the profile asks for."""
+    """Items a split. Each class in its hash order: first validation, then meta, then what the profile asks for.
+
+    A validation split that the source brings is taken as it is.
+    """
+    if source.val is not None and config.val_per_class:
+        raise ConfigError("the source has a validation split of its own: leave out --val-per-class")
     k, cut = len(source.classes), config.val_per_class + config.meta_per_class
     ordered = []
     for label, keys in by_class(source.train, k).items():
@@ -120,7 +129,7 @@ def _draw(source: Source, config: MakeLTConfig, imbalance: float | None, reporte
     meta_from = config.val_per_class
     splits = {
         "train": [item for items, n in zip(ordered, counts, strict=True) for item in items[cut : cut + n]],
-        "val": [item for items in ordered for item in items[:meta_from]],
+        "val": [item for items in ordered for item in items[:meta_from]] if source.val is None else source.val,
         "meta": [item for items in ordered for item in items[meta_from:cut]],
         "test": source.test or [],
     }
@@ -132,7 +141,8 @@ def _counts(source: Source, config: MakeLTConfig, imbalance: float | None, have:
     if imbalance is None:
         return have if config.head_size is None else np.minimum(have, config.head_size)
     head = config.head_size or int(have[0])
-    asked = longtail.PROFILES[config.profile](head, len(have), imbalance)
+    options = {"alpha": config.alpha} if config.profile == "pareto" else {}
+    asked = longtail.PROFILES[config.profile](head, len(have), imbalance, **options)
     short = np.flatnonzero(have < asked)
     if short.size:
         first = short[0]
@@ -158,7 +168,7 @@ def _describe(
         path=Path(),
         name=manifest_name(source.name, config, imbalance),
         source={"kind": source.kind, "name": source.name, "root": source.root},
-        classes=source.classes,
+        classes=[source.names.get(name, name) for name in source.classes],
         class_counts=counts.tolist(),
         splits=parts,
         profile="as-is" if imbalance is None else config.profile,
@@ -168,18 +178,39 @@ def _describe(
         sha256="",
         image_size=median_size(source),
         skipped=skipped,
-        untested=[name for label, name in enumerate(source.classes) if label not in tested],
+        untested=[source.names.get(name, name) for label, name in enumerate(source.classes) if label not in tested],
         created=now(),
     )
     return replace(manifest, sha256=index_sha256(manifest.classes, manifest.index_texts()))
 
 
 def manifest_name(source: str, config: MakeLTConfig, imbalance: float | None) -> str:
-    """A short name, fit for a folder: '<source>-lt-if200-seed0', '<source>-step-if10-seed0', '<source>-as-is'."""
+    """A short name, fit for a folder: '<source>-lt-if200-seed0', '<source>-step-if10-seed0', '<source>-pareto6-if256-seed0',
+    '<source>-as-is'."""
     plain = re.sub(r"[^\w.]+", "-", source).strip("-.")[:60] or "images"
     if imbalance is None:
         return f"{plain}-as-is"
-    return f"{plain}-{'lt' if config.profile == 'exponential' else config.profile}-if{imbalance:g}-seed{config.seed}"
+    profile = {"exponential": "lt", "pareto": f"pareto{config.alpha:g}"}.get(config.profile, config.profile)
+    return f"{plain}-{profile}-if{imbalance:g}-seed{config.seed}"
+
+
+def _compare(manifest: Manifest, alpha: float, reporter: Reporter) -> None:
+    """How near the data comes to the published list with its classes, head and tail, if there is one."""
+    counts = manifest.class_counts
+    k, largest, smallest, total = len(counts), max(counts), min(counts), sum(counts)
+    for one in longtail.PUBLISHED:
+        if (k, largest) != (one.classes, one.largest) or abs(smallest - one.smallest) > 1:
+            continue
+        if manifest.profile == "as-is" and (smallest, total) == (one.smallest, one.images):
+            reporter.note(f"these figures are those of the published {one.name}")
+        if manifest.profile == "pareto":
+            nearest = longtail.alpha_for_total(one.images, one.largest, one.classes, one.largest / one.smallest)
+            better = "" if nearest is None or nearest == alpha else f"; --alpha {nearest:g} comes nearest"
+            reporter.note(
+                f"the published {one.name} has {one.images:,} training images, this draw {total:,} "
+                f"({total / one.images - 1:+.1%}){better}. There, chance decided which class has how many: its own list "
+                f"(balms make-lt LIST --images DIR --as-is) gives exactly {one.name}"
+            )
 
 
 def _write(manifest: Manifest, *, ours: bool, overwrite: bool, dry_run: bool) -> bool:
@@ -187,10 +218,7 @@ def _write(manifest: Manifest, *, ours: bool, overwrite: bool, dry_run: bool) ->
 
     ``ours``: the folder is named after its content, so whatever else is in it is a damaged manifest, to be replaced.
     """
-    try:
-        same = Manifest.load(manifest.path).sha256 == manifest.sha256
-    except DataError:
-        same = False
+    same = stored_sha256(manifest.path) == manifest.sha256
     if not same:
         check_target(manifest.path, overwrite=overwrite or ours)
     if dry_run:
