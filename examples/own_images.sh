@@ -45,7 +45,9 @@ chain() {
         step "$at/retrain-meta-$seed" balms retrain "$at/softmax" --loss balanced --meta-sampler --seed "$seed" \
             --out "$at/balms-$seed"
     done
-    step "$at/evaluate" balms evaluate "$at/softmax" "$at"/balanced-{0,1,2} "$at"/balms-{0,1,2} --report "$at/report" --overwrite
+    # One page for what the methods do, one for the same over seeds.
+    step "$at/evaluate" balms evaluate "$at"/{softmax,balanced-0,balms-0} --report "$at/report" --overwrite
+    step "$at/evaluate-seeds" balms evaluate "$at"/{softmax,balanced-{0,1,2},balms-{0,1,2}} --report "$at/report-seeds" --overwrite
 }
 
 [ -d "my photos" ] || {
@@ -56,7 +58,7 @@ chain() {
 }
 step crops-made "$PYTHON" "$here/lvis_crops.py" "$data_root/lvis-mini" crops
 chain cifar100 "my photos" 5 --imbalance 100
-chain lvis-crops crops 40 --as-is
+chain lvis-crops crops 20 --as-is
 
 "$PYTHON" - "$result" << 'END'
 import json
@@ -68,19 +70,20 @@ from balms_cli.data.aside import replace_file
 
 found = {}
 for place in ("cifar100", "lvis-crops"):
-    report = json.loads(Path(place, "report", "report.json").read_text())
+    report = json.loads(Path(place, "report-seeds", "report.json").read_text())
     data = report["data"]
     found[place] = {
         "data": {key: data[key] for key in ("manifest_sha256", "train_images", "imbalance_factor", "gini", "groups")}
         | {"classes": len(data["classes"]), "test_images": report["images"], "untested": data["untested"]},
         "runs": {run["name"]: {"seed": run["seed"], "classifier": run["classifier"], "loss": run["loss"],
                                "sampler": run["sampler"], **run["metrics"]} for run in report["runs"]},
+        "seeds": report["seeds"], "points_more_than_softmax": report["differences"],
         "seconds": {file.stem: float(file.read_text()) for file in sorted(Path(place).glob("*.seconds"))},
     }
 document = {
     "command": "examples/own_images.sh DATA_ROOT OUT", "date": report["created"][:10],
     "made": Path("crops-made.out").read_text().splitlines(), "backbone": "resnet18 at 64 px, from scratch",
-    "epochs": {"cifar100": 5, "lvis-crops": 40}, "backbone_seed": 0, "classifier_seeds": [0, 1, 2],
+    "epochs": {"cifar100": 5, "lvis-crops": 20}, "backbone_seed": 0, "classifier_seeds": [0, 1, 2],
     "intervals": report["intervals"], "device": report["device"], "threads": os.environ.get("OMP_NUM_THREADS", "default"),
     "versions": report["versions"], **found,
 }  # fmt: skip

@@ -19,12 +19,12 @@ from .aside import printable
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 BIG = 32_000_000  # pixels; images above that are decoded one at a time, so that threads do not multiply their memory
 _one_big = threading.Lock()
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of odd files goes to stderr
 _STRIP = 1 << 20  # values that are scaled to 8 bits at a time
 _DAMAGED = ("truncated", "not enough image data", "broken data stream", "unrecognized data stream", "decoder object")
 _HEIF = (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")  # from byte 4 on, of a phone's HEIC photo
-
 _DRAFTED = ("JPEG", "MPO")  # MPO: a JPEG file with further pictures behind the first
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what it logs of odd files goes to stderr
+
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 
 
