@@ -163,3 +163,13 @@ def test_coverage_with_more_trials(setting, paired):
     assert found["top1"] >= 0.915, found
     if setting == "as CIFAR-10":  # many images: not wider than need be either
         assert all(share <= 0.975 for share in found.values()), found
+
+
+def test_classes_that_are_all_right_or_all_wrong_do_not_make_an_interval_of_no_width():
+    """Six images each of three classes, one right throughout: the draws have no spread, and 6 of 18 has Wilson's."""
+    tested, hits, none = np.array([6, 6, 6]), np.array([6, 0, 0]), np.zeros(3, int)
+    found = accuracy_intervals([50, 50, 50], tested, hits, hits)["medium"]
+    low, high = wilson(6, 18)
+    assert found == pytest.approx((1 / 3, float(low), float(high)))
+    difference = paired_intervals([50, 50, 50], tested, (np.array([6, 6, 0]), none), (none, none))["medium"]
+    assert difference[0] == pytest.approx(2 / 3) and difference[1] < 0.6 and difference[2] > 0.75

@@ -173,6 +173,7 @@ def test_the_marginal_likelihood_of_a_flat_and_of_a_lopsided_classifier():
     found = marginal(p, np.array([30, 10, 5, 5]), groups)
     assert found["variance"] == pytest.approx(np.var(4 * p)) and found["many"] == pytest.approx(2.8)
     assert found["kl_from_uniform"] == pytest.approx(0.7 * np.log(2.8) + 0.3 * np.log(1.2))
+    assert found["per_share"] == pytest.approx({"many": 0.7 / 0.6, "medium": None, "few": 0.3 / 0.4})  # 30 and 20 of 50
     assert "0.4 to 2.4" in found["note"]  # 4 * 5 / 50 and 4 * 30 / 50
 
 

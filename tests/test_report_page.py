@@ -419,8 +419,7 @@ def changed_run(document, *, marginal: dict | None = None, metrics: dict | None 
     for name, value in (metrics or {}).items():
         run["metrics"][name] = {"value": value, "low": value - 0.02, "high": value + 0.02}
     if marginal:
-        run["marginal"] |= marginal
-        run["per_class"]["mean_score"] = [marginal[g] / K for g in document["data"]["group_of"]]
+        run["marginal"] |= marginal | {"per_share": marginal}
     run |= more
     return document
 
@@ -436,7 +435,8 @@ HEAD, TAIL = {"many": 1.5, "medium": 1.0, "few": 0.6}, {"many": 0.6, "medium": 1
     (dict(marginal=LEVEL, metrics={"many": 0.6, "few": 0.8}), ["20.0 points above many-shot"]),
     (dict(marginal=TAIL, metrics={"many": 0.6, "few": 0.8}, loss="balanced", sampler="class"),
      ["favour the rare classes", "over-balances"]),
-    (dict(marginal=TAIL, metrics={"many": 0.6, "few": 0.8}), ["--loss-exponent 0.75"]),
+    (dict(marginal=TAIL, metrics={"many": 0.6, "few": 0.8}, loss="balanced"), ["--loss-exponent 0.75"]),
+    (dict(marginal=TAIL, metrics={"many": 0.6, "few": 0.2}), ["because it is unsure", "better backbone"]),
     (dict(marginal=HEAD, metrics={"many": 0.8, "few": 0.5}, loss="balanced", stage="retrain"),
      ["train it longer", "--meta-sampler --steps"]),
 ])  # fmt: skip

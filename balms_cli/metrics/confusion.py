@@ -46,7 +46,8 @@ def marginal(mean_score_C: np.ndarray, tested_C: np.ndarray, groups_C: np.ndarra
     """How far the marginal likelihood p(y), the mean score of each class over the images, is from flat.
 
     In units of 1/C: 1 is a class's fair part of the scores. ``variance`` of C p(y); ``kl_from_uniform`` in nats; by group the
-    mean C p(y) of its classes. On a split that is not balanced a perfect classifier is not flat either: ``note`` says so.
+    mean C p(y) of its classes. On a split that is not balanced a perfect classifier is not flat either: ``note`` says so, and
+    ``per_share`` has what each group gets over its share of the split's images.
     Source: Ren et al., NeurIPS 2020, Figure 1 (the main paper's).
     """
     k = len(mean_score_C)
@@ -56,10 +57,16 @@ def marginal(mean_score_C: np.ndarray, tested_C: np.ndarray, groups_C: np.ndarra
         "variance": float(relative_C.var()),
         "kl_from_uniform": max(0.0, float((positive_C * np.log(k * positive_C)).sum())),
         **{group: float(relative_C[groups_C == group].mean()) if (groups_C == group).any() else None for group in GROUPS},
+        "per_share": {group: _over(mean_score_C[groups_C == group].sum(), tested_C[groups_C == group].sum() / tested_C.sum())
+                      for group in GROUPS},
         "note": None,
-    }
+    }  # fmt: skip
     if tested_C.min() != tested_C.max():
         low, high = k * tested_C.min() / tested_C.sum(), k * tested_C.max() / tested_C.sum()
         found["note"] = (f"the split is not balanced: a classifier that is always right and sure would have its classes at "
                          f"{low:.3g} to {high:.3g} of the fair part, in proportion to their images")  # fmt: skip
     return found
+
+
+def _over(part: float, share: float) -> float | None:
+    return float(part / share) if share > 0 else None

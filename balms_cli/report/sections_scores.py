@@ -52,7 +52,8 @@ def _pair(page: Parts, i: int, p: int) -> Safe:
     title = tag("div", tag("bdi", true, title=true), tag("span", "→", class_="arrow", role="img", aria_label="taken for"),
                 tag("bdi", taken, title=taken), class_="names")  # fmt: skip
     marks = tag("p", group_key(groups_of[pair["true"]]), " taken for ", group_key(groups_of[pair["predicted"]]), class_="note")
-    count = tag("p", n.count(*path, "count"), " images, ", n.percent(*path, "share"), " % of the class", class_="note")
+    count = tag("p", n.count(*path, "count"), " image, " if pair["count"] == 1 else " images, ", n.percent(*path, "share"),
+                " % of the class", class_="note")  # fmt: skip
     pictures = [_thumbnail(page, i, path, e, pair, true, taken) for e in range(len(pair["examples"]))]
     return tag("li", title, marks, count, tag("div", *pictures, class_="thumbs"), class_="pair")
 

@@ -94,15 +94,14 @@ def scores_sentence(view: View, numbers: Numbers, run: int, name: bool = False) 
         return None
     head, tail = ends
     whose = join(["The scores of ", named(view.runs[run]["name"], _NAME)]) if name else "Its scores"
-    a, b = (numbers.number("runs", run, "marginal", group, digits=2) for group in ends)
-    said = join([f": on average a {tail}-shot class gets ", b, f" times an even share of the scores, a {head}-shot class ", a,
-                 " times." if view.runs[run]["marginal"]["note"] is None else
-                 " times (the test images are uneven over the classes, which is allowed for)."])  # fmt: skip
-    if tilt < FLAT[0]:
-        return join([whose, " favour the frequent classes", said])
-    if tilt > FLAT[1]:
-        return join([whose, " favour the rare classes", said])
-    return join([whose, " are balanced", said])
+    even = view.runs[run]["marginal"]["note"] is None
+    a, b = (numbers.number("runs", run, "marginal", *([] if even else ["per_share"]), group, digits=2) for group in ends)
+    part = "an even share of the scores" if even else "its share of the test images"
+    said = join([f": on average a {tail}-shot class gets ", b, f" times {part}, a {head}-shot class ", a, " times."])
+    if FLAT[0] <= tilt <= FLAT[1]:
+        return join([whose, " are balanced" if even else " follow the test images", said])
+    side = "frequent" if tilt < FLAT[0] else "rare"
+    return join([whose, f" favour the {side} classes" if even else f" give the {side} classes more than their images", said])
 
 
 def never_sentence(view: View, numbers: Numbers, run: int) -> Safe | None:
@@ -143,9 +142,13 @@ def advise(view: View, numbers: Numbers, run: int) -> list[tuple[Safe, str | Non
     if tilt > FLAT[1] and balancing and one["loss"] in ("balanced", "logit-adjusted"):
         return [(Safe("A balancing sampler on top of a balanced loss over-balances. Leave the sampler out:"),
                  f"balms retrain {backbone} --loss balanced --meta-sampler")]  # fmt: skip
-    if tilt > FLAT[1]:
+    if tilt > FLAT[1] and one["loss"] in ("balanced", "logit-adjusted"):
         return [(Safe("The rare classes are favoured more than even. Weaken the loss's margins:"),
                  f"balms retrain {backbone} --loss balanced --loss-exponent 0.75")]  # fmt: skip
+    if tilt > FLAT[1]:
+        return [(Safe("Nothing in its loss favours the rare classes: its scores are spread because it is unsure. A better "
+                      "backbone, or more training, helps more than another loss."), None),
+                *_better_backbone(view, one)]  # fmt: skip
     if gap_is_real(view, run) and gap >= SMALL:
         worst = _weakest(view, run)
         names = join([named(view.document["data"]["classes"][c], 24) for c in worst], ", ")

@@ -3,8 +3,6 @@
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from ..metrics import GROUPS
 from .html import shorten
 from .palette import RUNS
@@ -76,10 +74,8 @@ class View:
         ends = self.ends(run)
         if ends is None:
             return None
-        tested_C, groups_C = np.asarray(self.of(run, "test_counts")), np.asarray(self.of(run, "group_of"))
-        score_C = np.asarray(self.runs[run]["per_class"]["mean_score"], float)
-        head, tail = (score_C[groups_C == group].sum() / tested_C[groups_C == group].sum() for group in ends)
-        return float(tail / head) if head > 0 else None
+        head, tail = (self.runs[run]["marginal"]["per_share"][group] for group in ends)
+        return None if tail is None or not head else tail / head
 
     def curves(self, stage: str) -> list[tuple[int, str, dict[str, Any]]]:
         """Distinct training curves of a stage: place among the shown runs, the run's name, and the curve."""
