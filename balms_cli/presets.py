@@ -6,6 +6,10 @@
             Cutout 45.1, 59.4 %; without 48.0, 63.2 %; 2,800 steps of 64 without 51.5, 64.5 %. The preset takes 2,500 of
             the last, to stay well within eight minutes.
 ``general`` for a user's own images on a GPU. Ours.
+
+``imagenet-lt``, ``places-lt``, ``inaturalist18``   published recipes for large sets of photos, each value with its source. What
+            the sources leave out of a stage (colour jitter, the frozen first blocks of Places-LT) is said there too. Not
+            measured here: they want a GPU for hours or days.
 """
 
 from typing import Any
@@ -49,7 +53,54 @@ _PRESETS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
         "photos": {"quick": _STAGE2 | {"views": 2, "class_rows": 64}, "general": _STAGE2},
     },
 }  # fmt: skip
-_PRESETS["meta-sample"] = _PRESETS["retrain"]
+_TEXT = "supplement C.3 (Ren et al. 2020)"
+_KANG = "repository of Kang et al. 2020"
+_PLAIN_SGD = ({"nesterov": False, "warmup_steps": 0}, f"{_TEXT}: plain SGD, no warm-up; Nesterov is for CIFAR alone")
+_VIEWS = ({"augment": ["resized-crop", "flip"]}, f"{_KANG}, without its colour jitter")
+_META = {"meta_lr": 0.01, "meta_betas": (0.9, 0.99), "meta_batch_size": 512}
+
+# stage -> name -> parts of the recipe, each with its source. All of them are for photos.
+_RECIPES: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
+    "pretrain": {
+        "imagenet-lt": [
+            ({"backbone": "resnet10"}, "Ren et al. 2020, table 3; Kang et al. 2020 also resnet50, resnext50_32x4d"),
+            ({"epochs": 90, "batch_size": 512, "lr": 0.2, "image_size": 224}, _TEXT),
+            _PLAIN_SGD, _VIEWS, ({"weight_decay": 5e-4}, _KANG),
+        ],
+        "places-lt": [
+            ({"backbone": "resnet152"}, _TEXT),
+            ({"weights": "imagenet:IMAGENET1K_V1"}, f"{_TEXT}: ImageNet weights; torchvision's of that time"),
+            ({"epochs": 30}, f"{_KANG}, issue 4: 30 or 90, all but the last block frozen, here nothing; Liu et al. 2019: 30"),
+            ({"batch_size": 512, "lr": 0.2, "image_size": 224}, _TEXT),
+            _PLAIN_SGD, _VIEWS, ({"weight_decay": 5e-4}, _KANG),
+        ],
+        "inaturalist18": [
+            ({"backbone": "resnet50", "epochs": 90, "batch_size": 512, "lr": 0.2, "weight_decay": 1e-4, "image_size": 224,
+              "nesterov": False, "warmup_steps": 0}, _KANG),
+            _VIEWS,
+        ],
+    },
+    "retrain": {
+        "imagenet-lt": [
+            ({"epochs": 10, "batch_size": 512, "lr": 0.2} | _META, _TEXT), _PLAIN_SGD,
+            ({"weight_decay": 5e-4}, _KANG), ({"views": 4, "class_rows": 64}, "ours: a bank of 1 GB with ResNet-10"),
+        ],
+        "places-lt": [
+            ({"epochs": 10, "batch_size": 128, "lr": 0.01} | _META, _TEXT), _PLAIN_SGD,
+            ({"weight_decay": 5e-4}, _KANG), ({"views": 4, "class_rows": 64}, "ours: a bank of 2 GB"),
+        ],
+        "inaturalist18": [
+            ({"epochs": 30, "batch_size": 512, "lr": 0.2, "weight_decay": 1e-4, "nesterov": False, "warmup_steps": 0},
+             f"{_KANG}: cRT"),
+            (_META, f"{_TEXT}: as for ImageNet-LT; they did not run iNaturalist"),
+            ({"views": 1, "class_rows": 32}, "ours: a bank of 4 GB"),
+        ],
+    },
+}  # fmt: skip
+for _stage, _named in _RECIPES.items():
+    for _name, _parts in _named.items():
+        _PRESETS[_stage]["photos"][_name] = {key: value for values, _ in _parts for key, value in values.items()}
+_PRESETS["meta-sample"], _RECIPES["meta-sample"] = _PRESETS["retrain"], _RECIPES["retrain"]
 
 # What a method brings along: the key and value that choose it -> its values, and where they come from. The first source is
 # that of the method, the second that of the figures where they are another's.
@@ -103,3 +154,8 @@ def choose(stage: str, kind: str, name: str | None, *, on_gpu: bool) -> tuple[st
     if name not in fitting:
         raise ConfigError(f"--preset {name}: there is none for this data; choose {' or '.join(fitting)}")
     return name, fitting[name]
+
+
+def sources(stage: str, name: str) -> dict[str, str]:
+    """Where the values of a published recipe come from, by key. Of the other presets the module's text tells."""
+    return {key: source for values, source in _RECIPES.get(stage, {}).get(name, []) for key in values}

@@ -29,6 +29,7 @@ def resolve_params(stage: str, params: Params, kind: str | None = None):
         name = params.get("preset") or preset
         chosen = presets.choose(stage, kind, name, on_gpu=name is None and _on_gpu(given.get("device", "auto")))
     return resolve(stage, methods=presets.methods({**(chosen[1] if chosen else {}), **given}), preset=chosen,
+                   preset_sources=presets.sources(stage, chosen[0]) if chosen else None,
                    file=(path, values) if path else None, flags=flags, sets=sets)  # fmt: skip
 
 
@@ -200,6 +201,17 @@ def _run(stage: str, resolved, manifest, parent, folder, reporter, params: Param
         stage_run = retrain.run if stage == "retrain" else meta_sample.run
         result = stage_run(resolved, parent, manifest, folder, reporter, **shared)
     print_result(result.to_json() if params["json"] else str(result.path))
+
+
+def print_backbones(params: Params) -> None:
+    """``pretrain --list``: a name a line, then a tab and what ``--weights`` takes for it besides a file."""
+    from ..models.backbones import list_backbones
+
+    found = list_backbones()
+    if not any(name.startswith("timm:") for name, _ in found):
+        make_reporter(params["quiet"]).note("timm's networks are not among them: pip install 'balms[timm]'")
+    print_result([{"name": name, "weights": weights} for name, weights in found] if params["json"] else
+                 "\n".join(f"{name}\t{weights}".rstrip() for name, weights in found))  # fmt: skip
 
 
 def demo(params: Params) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Context, Option
 
 from . import options as o
-from .execute import train_stage
+from .execute import print_backbones, train_stage
 
 
 def command(
@@ -20,9 +20,12 @@ def command(
     reweight: o.Reweight = None,
     meta_set: o.MetaSet = None,
     backbone: Annotated[
-        str | None, Option(help="resnet32 (CIFAR), or any torchvision classifier: resnet18, vit_b_16 ...")
+        str | None, Option(help="resnet32 (CIFAR), any torchvision classifier (resnet18, vit_b_16), or timm:NAME; see --list.")
     ] = None,
-    weights: Annotated[str | None, Option(help="Start from a weights file, or 'imagenet' (torchvision's).")] = None,
+    list_backbones: Annotated[bool, Option("--list", help="Print all backbones, and what --weights takes for each.")] = False,
+    weights: Annotated[
+        str | None, Option(help="Start from imagenet (torchvision's), timm, pip:PACKAGE (a file in it), or a weights file.")
+    ] = None,
     frozen: Annotated[bool | None, Option("--frozen", help="Take the backbone as it is; train nothing here.")] = None,
     image_size: Annotated[int | None, Option(help="Pixels a side fed to the network.")] = None,
     preset: o.Preset = None,
@@ -53,4 +56,6 @@ def command(
     debug: o.Debug = False,
 ) -> None:
     """Stage 1: train the backbone (by default with softmax on instance-balanced batches)."""
-    train_stage("pretrain", ctx.params)
+    if list_backbones:
+        return print_backbones(ctx.params)
+    return train_stage("pretrain", ctx.params)

@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 
 from ..data.aside import replace_file
 from ..errors import CheckpointError, one_line
-from ..models.backbones import build_backbone
+from ..models.backbones import build_backbone, holds
 from ..models.classifiers import Classifier, CosineHead, linear_head
 from .header import Header, read_header
 
@@ -33,6 +33,10 @@ def load_model(path: Path) -> tuple[Classifier, Header]:
     if head is None or tuple(head.shape) != (len(header.classes), header.feature_dim):
         raise CheckpointError(f"{path}: the classifier's weights do not fit {len(header.classes)} classes x "
                               f"{header.feature_dim} features")  # fmt: skip
+    own = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+    if not holds(own, header.backbone, header.image_size):
+        raise CheckpointError(f"{path} does not hold a {header.backbone} for {header.image_size} px: tensors are missing, or "
+                              "have another shape")  # fmt: skip
     backbone = build_backbone(header.backbone, header.image_size)
     make_head = CosineHead if header.head == "cosine" else linear_head
     model = Classifier(backbone, make_head(header.feature_dim, len(header.classes)))

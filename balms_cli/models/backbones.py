@@ -1,44 +1,72 @@
-"""Backbones by name: CIFAR ResNets of our own, and every torchvision classifier that ends in a linear layer.
+"""Backbones by name: CIFAR ResNets of our own, ResNet-10, torchvision's classifiers, and as an extra timm's networks.
 
-torchvision is imported inside the functions: it costs a second, and the CIFAR networks do without it.
+torchvision and timm are imported inside the functions: they cost a second each, and the CIFAR networks do without them.
 """
 
-import json
-import os
-from pathlib import Path
+import difflib
 
 import torch
-from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import CheckpointError, ConfigError, DataError, one_line
+from ..errors import ConfigError
+from . import timm_networks
 from .resnet_cifar import DEPTHS, ResNetCifar
 
 CIFAR_NAMES = tuple(f"resnet{depth}" for depth in DEPTHS)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESNET10 = "resnet10"
+_OURS = (*CIFAR_NAMES, RESNET10)
 # Auxiliary heads while training, or a convolution as the classifier: no plain feature vector to take.
 _UNFIT = ("googlenet", "inception_v3", "squeezenet1_0", "squeezenet1_1")
 
 
 def backbone_names() -> list[str]:
-    """Every name that ``build_backbone`` knows."""
-    return [*CIFAR_NAMES, *(n for n in _torchvision().list_models(module=_torchvision()) if n not in _UNFIT)]
+    """Every name that ``build_backbone`` knows, but timm's."""
+    models = torchvision_models()
+    return [*_OURS, *(name for name in models.list_models(module=models) if name not in _UNFIT)]
+
+
+def in_torchvision(name: str) -> bool:
+    """Whether the network of this name is torchvision's, with torchvision's weights."""
+    return name not in _OURS and not name.startswith(timm_networks.PREFIX)
+
+
+def describe(name: str) -> str:
+    """What network it is, and by whose names its weights go."""
+    if name in CIFAR_NAMES:
+        return "CIFAR ResNet of balms (He et al. 2016, section 4.2; option-A shortcuts)"
+    if name == RESNET10:
+        return "torchvision's ResNet(BasicBlock, [1, 1, 1, 1]) without its last linear layer, by torchvision's names"
+    if name.startswith(timm_networks.PREFIX):
+        return "timm's network of that name with num_classes=0, by timm's names"
+    return "torchvision's network of that name without its last linear layer, by torchvision's names"
+
+
+def list_backbones() -> list[tuple[str, str]]:
+    """(name, what ``--weights`` takes for it besides a file: ``imagenet``, ``timm`` or nothing), timm's where it is there."""
+    models = torchvision_models()
+    found = [(n, "imagenet" if in_torchvision(n) and len(models.get_model_weights(n)) else "") for n in backbone_names()]
+    return found + timm_networks.list_names()
 
 
 def build_backbone(name: str, image_size: int) -> nn.Module:
     """A network from images [B, 3, image_size, image_size] to features [B, D], with ``feature_dim`` D.
 
-    Raises ConfigError for an unknown name, with the nearest known one.
+    Raises ConfigError for an unknown name, with the nearest known one, and for a timm network where timm is missing.
     """
     if name in CIFAR_NAMES:
         return ResNetCifar(int(name.removeprefix("resnet")))
-    if name not in (known := backbone_names()):
-        import difflib
-
+    if name.startswith(timm_networks.PREFIX):
+        return timm_networks.build(name, image_size)
+    if name == RESNET10:
+        network = _resnet10()
+    elif name not in (known := backbone_names()):
         near = difflib.get_close_matches(name, known, n=3)
-        raise ConfigError(f"backbone '{name}' is unknown; {'try ' + ', '.join(near) if near else 'try resnet32, resnet18'}")
-    # Vision transformers have one position code a patch, so they must know the size when they are built.
-    network = _torchvision().get_model(name, weights=None, **({"image_size": image_size} if name.startswith("vit") else {}))
+        raise ConfigError(f"backbone '{name}' is unknown; {'try ' + ', '.join(near) if near else 'try resnet32, resnet18'}; "
+                          "all of them: balms pretrain --list")  # fmt: skip
+    else:
+        # Vision transformers have one position code a patch, so they must know the size when they are built.
+        sized = {"image_size": image_size} if name.startswith("vit") else {}
+        network = torchvision_models().get_model(name, weights=None, **sized)
     path, last = [(path, m) for path, m in network.named_modules() if isinstance(m, nn.Linear)][-1]
     parent, _, attribute = path.rpartition(".")
     setattr(network.get_submodule(parent), attribute, nn.Identity())
@@ -46,28 +74,19 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
     return network
 
 
-def load_weights(backbone: nn.Module, name: str, weights: str, *, offline: bool) -> tuple[tuple | None, tuple | None]:
-    """Fill ``backbone`` from a file or from torchvision's ImageNet weights; returns the channel mean and std they expect.
-
-    A checkpoint of balms says them itself; another file of a torchvision network is taken to be trained on ImageNet; of a
-    CIFAR network's file nothing is known (None: take those of the data).
-    Raises DataError (no file, no network), CheckpointError (unreadable, or not weights of this network).
-    """
-    if weights == "imagenet":
-        state, mean, std = _imagenet_state(name, offline)
-    else:
-        state, (mean, std) = _file_state(Path(weights)), _file_normalisation(Path(weights), name)
-    own = backbone.state_dict()
-    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    if wrong or missing:
-        what = f"'{wrong[0]}' has another shape" if wrong else f"{len(missing)} of {len(own)} tensors are missing"
-        raise CheckpointError(f"--weights {weights} is not of a {name}: {what}, e.g. '{(wrong or missing)[0]}'")
-    backbone.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
-    return mean, std
+def holds(state: dict[str, Tensor], name: str, image_size: int) -> bool:
+    """Whether ``state`` has all tensors of this backbone, found without taking memory for them: a file from a stranger names
+    its network itself, and some have billions of parameters. Raises ConfigError as ``build_backbone`` does."""
+    if name in CIFAR_NAMES:
+        return True
+    with torch.device("meta"):
+        timms = name.startswith(timm_networks.PREFIX)
+        own = (timm_networks.create if timms else build_backbone)(name, image_size).state_dict()
+    return all(key in state and state[key].shape == tensor.shape for key, tensor in own.items())
 
 
-def _torchvision():
+def torchvision_models():
+    """torchvision.models. Raises ConfigError where it does not load beside this torch."""
     try:
         import torchvision.models as models
     except (ImportError, RuntimeError) as error:  # a CPU-only torch beside torchvision's own build: "nms does not exist"
@@ -76,45 +95,7 @@ def _torchvision():
     return models
 
 
-def _imagenet_state(name: str, offline: bool) -> tuple[dict, tuple, tuple]:
-    if name in CIFAR_NAMES:
-        raise ConfigError(f"there are no ImageNet weights for {name}; choose a torchvision backbone such as resnet18")
-    weights = _torchvision().get_model_weights(name).DEFAULT
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-    if not cached.is_file() and (offline or os.environ.get("BALMS_OFFLINE", "") not in ("", "0")):
-        raise DataError(f"offline, and {cached} is not there; put {weights.url} in that place or give --weights FILE")
-    try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"cannot fetch {weights.url} ({error}); put it at {cached} or give --weights FILE") from None
-    preset = weights.transforms()
-    return state, tuple(preset.mean), tuple(preset.std)
-
-
-def _file_normalisation(path: Path, name: str) -> tuple[tuple | None, tuple | None]:
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("balms", "{}"))
-        if "mean" in header and "std" in header:
-            return tuple(header["mean"]), tuple(header["std"])
-    return (None, None) if name in CIFAR_NAMES else (IMAGENET_MEAN, IMAGENET_STD)
-
-
-def _file_state(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from a safetensors file or a torch file of plain tensors; nothing in it is ever run."""
-    if not path.is_file():
-        raise DataError(f"--weights {path}: no such file (or say 'imagenet')")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen kinds here
-        raise CheckpointError(f"--weights {path} cannot be read as tensors: {one_line(error)}") from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
-    return {k.removeprefix("module.").removeprefix("backbone."): v for k, v in tensors.items()}
+def _resnet10() -> nn.Module:
+    """The ResNet-10 of ImageNet-LT (Liu et al., CVPR 2019): one basic block in each of the four stages, 512 features."""
+    resnet = torchvision_models().resnet
+    return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, one_line
-from ..models.backbones import CIFAR_NAMES, build_backbone
+from ..models.backbones import build_backbone, describe, holds, in_torchvision
 from ..models.classifiers import Classifier, CosineHead
 
 FORMAT, WEIGHTS, SIDECAR = "balms-export 1", "model.safetensors", "config.json"
@@ -176,8 +176,11 @@ def _built(content: bytes, sidecar: dict[str, Any]) -> Classifier:
     # A file decides how large a network is built, so its own tensors must bear it out first.
     if tuple(tensors["head.weight"].shape) != (classes, features) or not 8 <= size <= 1024:
         raise ValueError(f"its weights do not fit {classes} classes x {features} features at {size} px")
+    name = str(sidecar["backbone"])
+    if not holds({key.removeprefix("backbone."): tensor for key, tensor in tensors.items()}, name, size):
+        raise ValueError(f"it does not hold a {name:.40}")
     head = CosineHead(features, classes) if sidecar["head"] == "cosine" else nn.Linear(features, classes)
-    model = Classifier(build_backbone(sidecar["backbone"], size), head)
+    model = Classifier(build_backbone(name, size), head)
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -200,7 +203,7 @@ def _renamed(name: str, rename: dict[str, str]) -> str:
 def _in_torchvision(model: Classifier, about: dict[str, Any]) -> dict[str, Any] | None:
     """How torchvision's own model takes these weights; None where it has no such model with a linear last layer."""
     name = about["backbone"]
-    if name in CIFAR_NAMES or not isinstance(model.head, nn.Linear):
+    if not in_torchvision(name) or not isinstance(model.head, nn.Linear):
         return None
     from torchvision.models import get_model
 
@@ -216,11 +219,9 @@ def _in_torchvision(model: Classifier, about: dict[str, Any]) -> dict[str, Any] 
 
 
 def _names(about: dict[str, Any]) -> str:
-    where = "CIFAR ResNet of balms (He et al. 2016, section 4.2; option-A shortcuts)" if about["backbone"] in CIFAR_NAMES else (
-        "torchvision's network of that name without its last linear layer, by torchvision's names")  # fmt: skip
     head = ("head.weight [C, D], head.scale: logits = scale * cosine(features, weight)" if about["head"] == "cosine"
             else "head.weight [C, D], head.bias [C]: logits = features @ weight.T + bias")  # fmt: skip
-    return f"backbone.*: {where}, images to features [B, D]; {head}"
+    return f"backbone.*: {describe(about['backbone'])}, images to features [B, D]; {head}"
 
 
 def _how_to_load(known: dict[str, Any] | None) -> list[str]:

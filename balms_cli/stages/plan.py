@@ -60,5 +60,12 @@ def show_plan(
         from ..engine.checkpoint import load_model
         from .common import check_classes
 
-        check_classes(load_model(parent)[1], manifest, parent)
+        header = load_model(parent)[1]
+        check_classes(header, manifest, parent)
+        if config.features == "bank" and config.head not in ("tau-norm", "ncm"):
+            from .features import BankFile, describe_bank, views_of
+
+            views_N = views_of(config, "train", header, manifest)
+            file = BankFile(parent.parent / "features" / "bank.safetensors", int(views_N.sum()), header.feature_dim)
+            rows.insert(-1, ["feature bank", describe_bank(file)])
     reporter.table("dry run: nothing was written", ["what", "value"], rows)

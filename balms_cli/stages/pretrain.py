@@ -25,8 +25,9 @@ from ..engine.runtime import Runtime, setup
 from ..engine.tensorboard import event_files, require_tensorboard
 from ..errors import ConfigError
 from ..losses import SoftmaxLoss
-from ..models.backbones import build_backbone, load_weights
+from ..models.backbones import CIFAR_NAMES, build_backbone
 from ..models.classifiers import Classifier
+from ..models.weights import load_weights
 from ..reporter import Reporter
 from .common import (
     Images,
@@ -45,6 +46,7 @@ from .rates import read_rates
 
 _AUGMENT_STREAM, _META_STREAM = 0, 13
 _MUCH_WAITING = 0.1  # of the time
+_LEAST_PRETRAINED = 64  # pixels a side
 
 
 def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, reporter: Reporter | None = None, *,
@@ -67,6 +69,8 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
     report: dict[str, Any] = {"steps": 0, "seconds": 0.0}
     if config.frozen:
         reporter.note("frozen backbone: nothing is trained in stage 1; balms retrain gives it a classifier")
+        if config.weights is None:
+            reporter.warn("--frozen without --weights keeps a network that has learned nothing: name its weights")
     else:
         job = _job(config, begun, world)
         reporter.note(f"{config.backbone} at {config.image_size} px, {job.steps} steps of {config.batch_size} on "
@@ -162,6 +166,9 @@ def _begin(config: PretrainConfig, manifest: Manifest, reporter: Reporter, offli
     rates_C = read_rates(config.sampler, manifest)
     backbone, mean, std = _backbone(config, offline)
     _warn_of_shrinking(config, manifest, reporter)
+    if config.weights is not None and config.image_size < _LEAST_PRETRAINED and config.backbone not in CIFAR_NAMES:
+        reporter.warn(f"pretrained networks have seen larger images than {config.image_size} px, and their features say less "
+                      "at that size: try --image-size 128, also for small images (slower)")  # fmt: skip
     held_out = config.reweight != "none" and config.meta_set == "meta"
     if held_out:
         check_meta_set(config.meta_set, manifest)
