@@ -109,19 +109,35 @@ def test_two_processes_equal_one_with_two_half_batches(chain, tmp_path, loss):
 
 
 @pytest.mark.slow
-def test_two_processes_extract_train_and_score_as_one_does(chain, tmp_path):
-    """Every row of the bank once: the head that comes out is the same bit for bit, so are the scores."""
+@pytest.mark.parametrize("bank", ["memory", "disk"])
+def test_two_processes_extract_train_and_score_as_one_does(chain, tmp_path, bank):
+    """Each process writes shards of its own, every row of the bank is there once, and it is the bank of one process bit for
+    bit, so the head that comes out is the same, and so are the scores."""
     from .conftest import invoke
 
-    options = ["retrain", chain.pretrained, *FEW, "--meta-sampler", "--precision", "fp32", "--set", "views=6", "--out"]
-    two = torchrun(*options, tmp_path / "two")
-    assert two.returncode == 0, two.stderr
-    for kept in (chain.pretrained / "features").iterdir():
+    options = ["retrain", chain.pretrained, *FEW, "--meta-sampler", "--precision", "fp32", "--set", "views=64"]
+    options += ["--set", f"bank={bank}", "--out"]
+    for kept in (chain.pretrained / "features").glob("*"):
         kept.unlink()
+    wrote = tmp_path / "wrote.py"
+    wrote.write_text(
+        "import os\nfrom balms_cli.data import bank\nmark = bank.ShardWriter.mark\n"
+        "def told(self, shard):\n    mark(self, shard)\n"
+        f"    open(r'{tmp_path}/' + f'shard-{{shard}}-by-' + os.environ['RANK'], 'x')\n"
+        "bank.ShardWriter.mark = told\nfrom balms_cli.cli.app import main\nmain()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(wrote)]
+    two = subprocess.run([*command, *map(str, options), str(tmp_path / "two")], capture_output=True, text=True, env=ENV,
+                         timeout=240, check=False)  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    assert sorted(p.name for p in tmp_path.glob("shard-*")) == ["shard-0-by-0", "shard-1-by-1"]
+    (kept,) = (chain.pretrained / "features").iterdir()
+    together = load_file(kept)["features"].clone()
+    kept.unlink()
     assert invoke(*options, tmp_path / "one").code == 0
+    assert len(together) > 2048 and torch.equal(together, load_file(kept)["features"])
     ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("two", "one"))
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     scored = torchrun("evaluate", tmp_path / "one", "--json", "--precision", "fp32")
     alone = invoke("evaluate", tmp_path / "one", "--json", "--precision", "fp32")
     found, known = json.loads(scored.stdout), json.loads(alone.out)

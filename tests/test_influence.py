@@ -333,3 +333,21 @@ def test_a_loss_that_changes_its_terms_never_borrows_its_parents_gradient():
     loss = Squared([9, 3, 1])
     closed, forward = (influence(head, optimizer, loss, batch, meta_batch, method=m) for m in ("closed-form", "jvp"))
     torch.testing.assert_close(closed.influence_B, forward.influence_B, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [(7, 9, 40, 30), (30, 20, 4, 3), (7, 9, 5, 300), (1, 1, 50, 50)])
+def test_the_closed_form_is_the_same_for_large_layers_and_small(sizes, bias):
+    """Rates that differ between weight and bias, momentum, a loss with its own denominator: as forward mode has it."""
+    torch.manual_seed(2)
+    b, m, c, d = sizes
+    head = nn.Linear(d, c, bias=bias).double()
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(head.parameters(), (0.3, 0.05), strict=False)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-3)
+    counts = torch.arange(c, 0, -1)
+    batch, meta_batch = ((torch.randn(n, d).double(), torch.randint(0, c, (n,))) for n in (b, m))
+    F.cross_entropy(head(meta_batch[0]), meta_batch[1]).backward()
+    optimizer.step()
+    closed, forward = (influence(head, optimizer, BalancedSoftmaxLoss(counts), batch, meta_batch, method=method)
+                       for method in ("closed-form", "jvp"))  # fmt: skip
+    torch.testing.assert_close(closed.influence_B, forward.influence_B, rtol=1e-9, atol=1e-15)

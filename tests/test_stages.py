@@ -74,7 +74,7 @@ def test_the_bank_is_computed_once_for_all_classifiers_of_a_checkpoint(chain, tm
     from balms_cli.stages import features
 
     run("retrain", chain.pretrained, *FEW, "--set", "views=3", "--out", tmp_path / "a")
-    monkeypatch.setattr(features, "build_bank", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr(features, "write_bank", lambda *a, **k: pytest.fail("computed again"))
     run("retrain", chain.pretrained, *FEW, "--set", "views=3", "--sampler", "class", "--seed", "2", "--out", tmp_path / "b")
     with pytest.raises(pytest.fail.Exception):
         invoke("retrain", chain.pretrained, *FEW, "--set", "views=5", "--out", tmp_path / "c")

@@ -9,7 +9,7 @@ no second-order graph is needed:
 
 exactly, for dampening 0 and no clipping, an empty momentum buffer included. Three ways to the same h:
 
-* ``closed-form``, a linear head: grad l_i is an outer product, so h = rowsum(dl/dz * (F D_W^T + D_b)): one matrix product;
+* ``closed-form``, a linear head: grad l_i is an outer product, so h = rowsum(dl/dz * (F D_W^T + D_b)): a matrix product or two;
 * ``jvp``, any network: h is the directional derivative of the per-example losses along D, one forward-mode pass;
 * ``higher``, the paper's route (Grefenstette et al., 2019): differentiate through the step. Kept as the reference.
 
@@ -87,8 +87,10 @@ def sgd_lookahead(params: Params, grads: Params, optimizer: torch.optim.SGD) -> 
         eta, mu = float(group["lr"]), group["momentum"]
         g = grads[name].add(w.detach(), alpha=group["weight_decay"])
         buffer = optimizer.state[w].get("momentum_buffer") if w in optimizer.state else None
-        v = g if buffer is None else g + mu * buffer  # an empty buffer counts as zero
-        ahead[name] = w.detach() - eta * (g + mu * v if group["nesterov"] else v)
+        v = g if buffer is None else (mu * buffer).add_(g)  # an empty buffer counts as zero
+        # In place where a tensor is nobody else's: a head of thousands of classes is large.
+        step = (mu * v).add_(g) if group["nesterov"] else v
+        ahead[name] = step.mul_(-eta).add_(w.detach())
         rate[name] = eta * (1 + mu if group["nesterov"] else 1)
     return ahead, rate
 
@@ -113,12 +115,23 @@ def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
     ahead, rate = sgd_lookahead(params, grads, optimizer)
     meta_logits_MC = F.linear(meta_MD, ahead["weight"], ahead.get("bias"))
     meta_value, dmeta_MC = _mean_with_gradient(meta_loss, meta_logits_MC, meta_targets_M)
-    meta_grads = _outer(dmeta_MC, meta_MD, head)
 
-    # The one matrix product that stands for the second-order graph: <grad l_i, D> for every i at once.
-    direction = {name: g * (-rate[name] / count) for name, g in meta_grads.items()}
-    influence_B = (dlogits_BC * F.linear(features_BD, direction["weight"], direction.get("bias"))).sum(1)
-    return Influence(influence_B, losses_B, grads, meta_value)
+    # <grad l_i, D> for every i at once: the products that stand for the second-order graph.
+    along_BC = _along(features_BD, dmeta_MC, meta_MD, {name: -r / count for name, r in rate.items()})
+    return Influence((dlogits_BC * along_BC).sum(1), losses_B, grads, meta_value)
+
+
+def _along(features_BD: Tensor, dmeta_MC: Tensor, meta_MD: Tensor, scale: dict[str, float | Tensor]) -> Tensor:
+    """How the logits [B, C] of a linear layer move along D, the gradient of the meta loss times ``scale``: F D_W^T + D_b.
+
+    D_W = dmeta^T meta is a matrix like the layer, of rank M: where classes and features are many it is cheaper not to make it.
+    """
+    (b, d), (m, c) = features_BD.shape, dmeta_MC.shape
+    bias_C = dmeta_MC.sum(0) * scale["bias"] if "bias" in scale else None
+    if b * m * (d + c) < (b + m) * c * d:
+        along_BC = ((features_BD @ meta_MD.T) * scale["weight"]) @ dmeta_MC
+        return along_BC if bias_C is None else along_BC + bias_C
+    return F.linear(features_BD, (dmeta_MC.T @ meta_MD) * scale["weight"], bias_C)
 
 
 def _denominator(loss: SoftmaxLoss, targets_B: Tensor) -> Tensor | int:

@@ -107,6 +107,8 @@ def _what(header: Header, report: dict[str, Any], parameters: int, parent: Heade
     taught = f"Loss: {_loss(header)}. Batches: {_sampler(header)}."
     if parent is None:
         taught += " Backbone and classifier were trained together."
+    elif parent.head == "untrained":
+        taught += " The backbone was taken as it was: nothing in it was trained here."
     else:
         taught += (f" The backbone is that of an earlier run (loss: {_loss(parent)}; batches: {_sampler(parent)}), which "
                    "stayed as it was: decoupled training.")  # fmt: skip

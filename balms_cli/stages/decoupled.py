@@ -8,6 +8,7 @@ Shapes: B batch, M meta batch, C classes, D features.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from .training_free import class_means, tau_norm
 
 # Streams of random numbers, one a purpose: (seed, stream, step) names every draw.
 _HEAD, _TRAIN_VIEWS, _META_VIEWS, _DRAW, _META_DRAW = 7, 8, 9, 10, 11
+_LARGE = 100_000_000  # multiplications of one pass through the head: some milliseconds of a thread
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def fit_head(config: RetrainConfig, stage: str, model: Classifier, parent: Heade
         return learning_rate(i, steps, peak=config.lr, warmup_steps=config.warmup_steps, warmup_lr=config.warmup_lr)
 
     job = Job(stage, steps, parts, optimizer, schedule, told_step, config.batch_size, extras=_extras(learner))
-    with one_thread(device), event_files(config, folder) as events:
+    with threads_for(head, config.batch_size, device), event_files(config, folder) as events:
         seconds = train(job, folder, device, reporter, resume=resume, checkpoint_seconds=config.checkpoint_seconds)
         if learner is not None:
             events.rates(steps, learner.rates, manifest.classes, manifest.class_counts)
@@ -115,6 +117,12 @@ def fit_head(config: RetrainConfig, stage: str, model: Classifier, parent: Heade
     log_prior_C = loss.cpu().implied_log_prior(_law(config, learner, rates_C, counts_C).log())
     head = head.cpu().fold() if isinstance(head, LWSHead) else head.cpu()
     return Fit(head, log_prior_C, loss.prior_is_exact, learner.rates.cpu() if learner else None, report)
+
+
+def threads_for(head: nn.Module, batch_size: int, device: torch.device) -> AbstractContextManager:
+    """One thread on a CPU, but for heads whose matrices are worth more (1,000 classes of 512 features at batch 512 are)."""
+    large = batch_size * sum(p.numel() for p in head.parameters()) > _LARGE
+    return nullcontext() if large else one_thread(device)
 
 
 def _route(config: RetrainConfig) -> str:

@@ -23,7 +23,6 @@ from ..models.classifiers import Classifier
 from ..reporter import Reporter
 from .common import Images, load_images
 
-_BATCH = 512
 _MEMORY_SHARE = 0.25  # of the memory that is free: a bank up to this size is held there
 
 FeatureReader = Callable[[Tensor, int, int], Tensor]  # (images_B, step, stream) -> features [B, D]
@@ -45,7 +44,7 @@ def read_features(config: RetrainConfig, split: str, model: Classifier, parent: 
     Several processes extract a bank together, each its part of the rows, and all of them get the whole of it.
     """
     device = runtime.device
-    ops = parent.recipe.get("augment", []) if config.augment else []
+    ops = _ops(config, parent)
     mean, std = torch.tensor(parent.mean, device=device), torch.tensor(parent.std, device=device)
     labels_N = torch.from_numpy(manifest.splits[split].labels)
 
@@ -60,19 +59,29 @@ def read_features(config: RetrainConfig, split: str, model: Classifier, parent: 
     if config.features == "online":
         read = online_features(extract, images(), mean, std, ops=ops, seed=config.seed)
     else:
-        counts_C = torch.bincount(labels_N, minlength=len(parent.classes))
-        views_N = plan_views(labels_N, counts_C, config.views, config.class_rows) if ops else torch.ones_like(labels_N)
+        views_N = views_of(config, split, parent, manifest)
         seed = int(parent.recipe.get("seed", 0))
         key = _bank_key(parent_file, manifest, split, views_N, ops, seed, runtime)
         file = BankFile(parent_file.parent / "features" / f"{key}.safetensors", int(views_N.sum()), parent.feature_dim)
 
-        def build(**how) -> FeatureBank | None:
+        def build(make, **how):
             with closing(images()) as source:
-                make = write_bank if "file" in how else build_bank
-                return make(extract, source, views_N, mean, std, ops=ops, seed=seed, batch_size=_BATCH, reporter=reporter, **how)
+                return make(extract, source, views_N, mean, std, ops=ops, seed=seed, batch_size=512, reporter=reporter, **how)
 
         read = bank_reader(_bank(config, file, views_N, build, device, reporter, world), config.seed, device)
     return Features(read, labels_N.to(device), ClassIndex(labels_N.to(device), len(parent.classes)))
+
+
+def views_of(config: RetrainConfig, split: str, parent: Header, manifest: Manifest) -> Tensor:
+    """Views of each image of the split [N] in the bank: their sum is its rows."""
+    labels_N = torch.from_numpy(manifest.splits[split].labels)
+    if not _ops(config, parent):
+        return torch.ones_like(labels_N)
+    return plan_views(labels_N, torch.bincount(labels_N, minlength=len(parent.classes)), config.views, config.class_rows)
+
+
+def _ops(config: RetrainConfig, parent: Header) -> list[str]:
+    return parent.recipe.get("augment", []) if config.augment else []
 
 
 def bank_reader(bank: FeatureBank, seed: int, device: torch.device) -> FeatureReader:
@@ -85,44 +94,44 @@ def bank_reader(bank: FeatureBank, seed: int, device: torch.device) -> FeatureRe
     return lambda images_B, step, stream: bank.rows(images_B, generator.manual_seed(mix(seed, stream, step)))
 
 
-def _bank(config: RetrainConfig, file: BankFile, views_N: Tensor, build: Callable[..., FeatureBank | None],
-          device: torch.device, reporter: Reporter, world: World) -> FeatureBank:  # fmt: skip
-    """The bank of ``file``: as it is there, or built now. One that is built in memory alone, for want of a place to write
-    to, is the same row for row.
+def _bank(config: RetrainConfig, file: BankFile, views_N: Tensor, build: Callable, device: torch.device, reporter: Reporter,
+          world: World) -> FeatureBank:  # fmt: skip
+    """The bank of ``file``: as it is there, or written now, or built in memory for want of a place to write to; the rows are
+    the same. Of several processes the first trains, and holds it in memory where it fits; the others only look.
 
     Raises: DataError (exit 3) where neither the memory nor the disk holds it.
     """
-    in_memory = world.agree(_in_memory(config, file))
+    in_memory = world.main and _in_memory(config, file)
     found = _read(file, views_N, in_memory)
     if not world.any(found is None, device):
+        if world.main:
+            file.tidy()
         return found
-    problem = shards = None
-    if world.main:
-        _say_size(file, in_memory, reporter)
-        try:
-            shards = file.missing() if file.begin() else []
-        except BalmsError as error:
-            problem = error
-    problem, shards = world.agree((problem, shards))
-    if problem is not None:
-        if not in_memory or config.bank == "disk":
+    problem, shards, alone = None, [], False
+    try:
+        if world.main:
+            reporter.note(f"feature bank: {describe_bank(file)}, read from {'memory' if in_memory else 'the disk'}")
+            problem, shards = _begin(file, reporter)
+            alone = in_memory and config.bank != "disk"
+        problem, shards, alone = world.agree((problem, shards, alone))
+        if problem is not None and alone:
+            reporter.note(f"the feature bank is not kept for next time ({problem})")
+            part = build(build_bank, part=world.rows(file.rows))
+            return FeatureBank(world.gather(part.features, file.rows), part.starts, part.views)
+        if problem is None and shards:
+            if len(shards) < file.shards:
+                reporter.note(f"{file.rows - file.rows_of(shards):,} rows are there from a run that was stopped")
+            if mine := shards[world.rows(len(shards))]:
+                build(write_bank, file=file, shards=mine)
+        world.any(False, device)  # all have written theirs
+        if problem is None and world.main:
+            problem = _finished(file)
+        if problem := world.agree(problem):
             raise problem
-        reporter.note(f"the feature bank is not kept for next time ({problem})")
-        part = build(part=world.rows(file.rows))
-        return FeatureBank(world.gather(part.features, file.rows), part.starts, part.views)
-
-    if world.main and 0 < len(shards) < file.shards:
-        reporter.note(f"{file.rows - file.rows_of(shards):,} rows are there from a run that was stopped")
-    mine = shards[world.rows(len(shards))]
-    if mine:
-        build(file=file, shards=mine)
-    world.any(False, device)  # all have written theirs
-    if world.main:
-        problem = _finished(file) if shards else None
-    problem = world.agree(problem)
-    found = _read(file, views_N, in_memory) if problem is None else None
-    if found is None:
-        raise problem or DataError(f"{file.target} cannot be read back: is its disk damaged, or not shared by all processes?")
+    finally:
+        file.release()
+    if (found := _read(file, views_N, in_memory)) is None:
+        raise DataError(f"{file.target} cannot be read back: its disk is damaged, or some process does not see it")
     return found
 
 
@@ -152,12 +161,21 @@ def _read(file: BankFile, views_N: Tensor, in_memory: bool) -> FeatureBank | Non
     return None if rows is None else FeatureBank(rows.features, starts_N, views_N, rows.will_need)
 
 
-def _say_size(file: BankFile, in_memory: bool, reporter: Reporter) -> None:
+def describe_bank(file: BankFile) -> str:
+    """How large a bank is, and how much room there is for it."""
     free = file.free()
-    room = "" if free is None else f" of {size_text(free)} free"
-    reporter.note(f"feature bank: {file.rows:,} rows x {file.features:,} features, "
-                  f"{size_text(bank_bytes(file.rows, file.features))} on disk{room}, "
-                  f"read {'from memory' if in_memory else 'from there'}")  # fmt: skip
+    room = "" if free is None else f" ({size_text(free)} free)"
+    return (f"{file.rows:,} rows x {file.features:,} features, {size_text(bank_bytes(file.rows, file.features))} "
+            f"on disk{room}")  # fmt: skip
+
+
+def _begin(file: BankFile, reporter: Reporter) -> tuple[BalmsError | None, list[int]]:
+    """What stands in the way of writing the bank, and which shards are to be written."""
+    try:
+        file.begin(waiting=lambda: reporter.note("another run is computing this bank: waiting for it"))
+        return None, file.missing()
+    except BalmsError as error:
+        return error, []
 
 
 def _finished(file: BankFile) -> BalmsError | None:

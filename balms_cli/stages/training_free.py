@@ -13,12 +13,20 @@ from ..models.classifiers import nearest_class_mean, stage1_linear, tau_normalis
 from ..reporter import Reporter
 from .features import Features
 
+_PART = 8192  # images whose features are read at once
 TAUS = [round(0.1 * i, 1) for i in range(21)]  # the grid of the authors' code: 0 to 2
 
 
 def class_means(config: RetrainConfig, data: Features, classes: int) -> nn.Module:
-    """NCM on the plain features of every training image."""
-    return nearest_class_mean(_all(data), data.labels, classes, config.cosine_scale).cpu()
+    """NCM on the plain features of every training image, a part of them in memory at a time."""
+    sums_CD = 0
+    for n, images_B in enumerate(torch.arange(len(data.labels), device=data.labels.device).split(_PART)):
+        features_BD = data.read(images_B, n, 0)
+        if n == 0:
+            sums_CD = features_BD.new_zeros(classes, features_BD.shape[1])
+        sums_CD.index_add_(0, data.labels[images_B], features_BD)
+    means_CD = sums_CD / data.index.counts[:, None]
+    return nearest_class_mean(means_CD, torch.arange(classes, device=means_CD.device), classes, config.cosine_scale).cpu()
 
 
 def tau_norm(config: RetrainConfig, head: nn.Module, parent: Header, manifest: Manifest, val: Features | None,
