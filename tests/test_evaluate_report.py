@@ -85,7 +85,7 @@ def test_a_report_is_written_and_stdout_stays_what_it_was(balms, chain, page, tm
                 [told[metric], *told["intervals"][metric]], rel=1e-5
             )
     assert run["calibration"]["all"]["ece"] == pytest.approx(told["ece"], rel=1e-5)
-    assert run["recipe"]["steps"] == {"value": 12, "source": "flag"} and run["provenance"]["command"].startswith("balms ")
+    assert run["recipe"]["steps"] == {"value": 12, "source": "flag"} and run["provenance"]["command"].startswith("balms")
     assert run["curves"]["step"] == list(range(1, 13)) and document["data"]["train_counts"] == [32, 12, 5]
     assert "report" not in json.loads(balms("evaluate", chain.pretrained, "--json", "-q").out)
 

@@ -12,6 +12,7 @@ import gc
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
+_PATIENCE = timedelta(days=1)
 STOP_STRIDE = 10  # steps between asking the others on a GPU, where an answer stalls the queue
 
 
@@ -121,7 +123,9 @@ def join(device: str):
     store, rank, size = next(dist.rendezvous("env://"))
     # After a restart the store may still hold the addresses of processes that are gone.
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group("nccl" if name.startswith("cuda") else "gloo", store=store, rank=rank, world_size=size)
+    # The others wait while process 0 alone trains a head; torchrun itself sees to processes that die.
+    dist.init_process_group("nccl" if name.startswith("cuda") else "gloo", store=store, rank=rank, world_size=size,
+                            timeout=_PATIENCE)  # fmt: skip
     yield World(rank, size)
     # Not after an error, where others may be dead. Together, and with the wrapped network gone: one that left while process
     # 0 still wrote was seen to abort in the threads of its connection.
