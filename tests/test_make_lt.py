@@ -124,12 +124,15 @@ def test_a_published_list_is_kept_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's /proc")
 def test_two_million_images_in_a_minute(tmp_path: Path) -> None:
     weights = np.arange(1, 8143) ** -0.8
     image_list(tmp_path / "all.txt", (2 + weights / weights.sum() * 1_990_000).astype(int).tolist())
     code = "import resource, sys; from balms_cli.cli.app import main; sys.argv = ['balms', *sys.argv[1:]]\ntry: main()\n" \
            "finally:\n used = resource.getrusage(resource.RUSAGE_SELF)\n" \
-           " print(used.ru_utime + used.ru_stime, used.ru_maxrss, file=sys.stderr)"  # fmt: skip
+           " peak = [line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]\n" \
+           " print(used.ru_utime + used.ru_stime, peak, file=sys.stderr)"  # fmt: skip
+    # Not ru_maxrss: a program started by a large one counts that one's memory too.
     for command in (["make-lt", "all.txt", "--as-is", "--set", "check=false", "-q"], ["audit", "all.txt", "--no-decode", "-q"]):
         done = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
         seconds, kilobytes = map(float, done.stderr.split()[-2:])  # of the processor: other work beside it counts for nothing
