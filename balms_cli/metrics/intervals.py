@@ -16,7 +16,7 @@ What a bootstrap cannot see is told otherwise:
     wrong), which show no spread. Over many classes those that show too little and too much make up for each other.
 
 Simulated test sets (tests/test_intervals.py): 92 to 97 % of the intervals hold the truth; where a figure hangs on a few
-classes of one or two images, 86 % and more.
+classes of one or two images, 83 % and more.
 
 Shapes: C classes, M metrics, D draws. All intervals are two-sided, 95 %.
 """
