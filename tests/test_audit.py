@@ -612,3 +612,17 @@ def test_picture_helper_makes_equal_files(balms, tmp_path):
         picture(root / "a" / f"{i}.png", 1)
         picture(root / "b" / f"{i}.png", 2)
     assert audit(balms, root)["duplicates"]["groups"] == 2
+
+
+def test_sizes_and_reasons_are_those_of_reading(balms, tmp_path):
+    """A TIFF file that EXIF turns, which Pillow turns by itself, is 6 x 10 upright; a phone's HEIC photo is named as one."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a", "b"):
+        (tmp_path / "p" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (10, 6), (i, len(name), i)).save(tmp_path / "p" / name / f"{i}.tif", exif=exif)
+    (tmp_path / "p" / "b" / "phone.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    told = audit(balms, tmp_path / "p")
+    assert (told["images"]["width"]["q100"], told["images"]["height"]["q0"]) == (6, 10)
+    assert "a HEIC photo: convert it to JPEG" in json.dumps(told)

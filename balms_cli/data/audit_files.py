@@ -10,29 +10,24 @@ import stat
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from ..reporter import Reporter
 from . import known, tar_entry
-from .aside import printable
 from .audit import Listing
-from .decode import BadImage, check_size, open_image, quiet_pillow
+from .decode import BadImage, check_size, open_image, quiet_pillow, reason, turn_for, upright_size
 from .folders import MAX_DEPTH, TOO_DEEP, is_inside
 from .images import default_workers
 
 MAX_FILE = 1 << 30  # bytes; a photo takes a thousandth of that
-BIG = 32_000_000  # pixels; images above that are decoded one at a time, so that threads do not multiply their memory
 _CHUNK = 64  # files a thread takes at once
 _STAT_CHUNK = 4096
 _WORD = 2**64 - 1
 _MAX_CODES = 1000  # different reasons, modes or formats that are told apart
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _SPECIAL = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
             (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))  # fmt: skip
 
@@ -146,12 +141,12 @@ def look(listing: Listing, reporter: Reporter, *, decode: bool, hashes: bool, wo
             try:
                 found = root.find(key)[1]
                 size, inode = found.st_size, (found.st_dev & _WORD, found.st_ino & _WORD)
-                reason = "" if 0 < size <= MAX_FILE else "over 1 GiB: not read" if size else "empty"
+                told = "" if 0 < size <= MAX_FILE else "over 1 GiB: not read" if size else "empty"
             except (BadImage, OSError, ValueError) as error:
-                reason = why(error)
+                told = reason(error, key)
             sizes.append(size)
             inodes.append(inode)
-            reasons.append(facts.reasons(reason))
+            reasons.append(facts.reasons(told))
         part = slice(rows.start, rows.stop)
         facts.bytes_N[part], inode_N[part], facts.reason_N[part] = sizes, np.array(inodes, np.uint64), reasons
 
@@ -160,15 +155,14 @@ def look(listing: Listing, reporter: Reporter, *, decode: bool, hashes: bool, wo
     shared_F = _shared(facts.bytes_N[first_F]) if hashes else np.zeros(len(first_F), bool)
     todo_F = np.flatnonzero(shared_F | decode)
     digest_F = np.zeros((len(first_F), 32), np.uint8)
-    big = threading.Lock()
 
     def read(places: range) -> None:
         for file in todo_F[places.start : places.stop]:
             row = first_F[file]
             try:
-                _read(root, listing.keys[row], row, facts, digest_F[file] if shared_F[file] else None, big, decode)
-            except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes; each is a bad image, not a bug
-                facts.reason_N[row] = facts.reasons(why(error))
+                _read(root, listing.keys[row], row, facts, digest_F[file] if shared_F[file] else None, decode)
+            except Exception as error:  # one file of a stranger's: told and counted, it ends nothing
+                facts.reason_N[row] = facts.reasons(reason(error, listing.keys[row]))
 
     if todo_F.size:
         title = "reading images" if decode else "hashing files of equal size"
@@ -184,14 +178,14 @@ def look(listing: Listing, reporter: Reporter, *, decode: bool, hashes: bool, wo
     return facts
 
 
-def _read(root: _Root, key: str, row: int, facts: Facts, digest: np.ndarray | None, big: threading.Lock, decode: bool) -> None:
+def _read(root: _Root, key: str, row: int, facts: Facts, digest: np.ndarray | None, decode: bool) -> None:
     """One file: its hash into ``digest``, and its pixels, which are decoded and forgotten. Raises: whatever goes wrong."""
     path, _ = root.find(key)
     if (entry := tar_entry.open_entry(path)) is not None:
         if digest is not None:
             digest[:] = np.frombuffer(hashlib.sha256(entry.getbuffer()).digest(), np.uint8)
         if decode:
-            _decode(entry, row, facts, big)
+            _decode(entry, row, facts)
         return
     # Not to wait for a writer, should it have become a pipe just now.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -203,35 +197,20 @@ def _read(root: _Root, key: str, row: int, facts: Facts, digest: np.ndarray | No
             digest[:] = np.frombuffer(hashlib.file_digest(file, "sha256").digest(), np.uint8)
             file.seek(0)
         if decode:
-            _decode(file, row, facts, big)
+            _decode(file, row, facts)
 
 
-def _decode(file: BinaryIO, row: int, facts: Facts, big: threading.Lock) -> None:
-    """The pixels of an open file, and what they tell."""
-    with open_image(file) as image:
-        check_size(image)
-        facts.mode_N[row], facts.format_N[row] = facts.modes(image.mode), facts.formats(image.format or "")
-        turned = image.getexif().get(0x0112, 1) in _TURNED
-        width, height = image.size[::-1] if turned else image.size
-        with big if width * height > BIG else nullcontext():
-            image.load()
-        facts.width_N[row], facts.height_N[row] = width, height
-
-
-def why(error: Exception) -> str:
-    """The reason in a word or two."""
-    if isinstance(error, BadImage):
-        return str(error)
-    if isinstance(error, FileNotFoundError):
-        return "missing"
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if isinstance(error, Image.DecompressionBombError):
-        return "too many pixels"
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.strerror or "not readable"
-    text = printable(str(error)) or type(error).__name__
-    return "truncated" if "truncated" in text.lower() else text[:80]
+def _decode(file: BinaryIO, row: int, facts: Facts) -> None:
+    """The pixels of an open file, and what they tell. Raises: BadImage, with the reason that reading it elsewhere gives."""
+    try:
+        with open_image(file) as image:
+            check_size(image)
+            facts.mode_N[row], facts.format_N[row] = facts.modes(image.mode), facts.formats(image.format or "")
+            with turn_for(image, None):
+                image.load()
+            facts.width_N[row], facts.height_N[row] = upright_size(image)
+    except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes; each is a bad image, not a bug
+        raise BadImage(reason(error, file)) from None
 
 
 def _for_all(work: Callable[[range], None], n: int, chunk: int, reporter: Reporter, title: str, workers: int) -> None:

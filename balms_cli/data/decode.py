@@ -6,8 +6,9 @@ import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -43,12 +44,12 @@ def read_image(path: str | Path, size: int | None, crop: Callable[[int, int], Bo
     try:
         with open_image(path) as image:
             check_size(image)
-            with _one_big if _takes_much(image, size) else nullcontext():
+            with turn_for(image, size):
                 return _read(image, size, crop, resample)
     except BadImage:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on hostile bytes; each is a bad image, not a bug
-        raise BadImage(_reason(error, path)) from None
+        raise BadImage(reason(error, path)) from None
 
 
 def _read(image: Image.Image, size: int | None, crop: Callable[[int, int], Box] | None, resample: Image.Resampling
@@ -69,14 +70,15 @@ def _read(image: Image.Image, size: int | None, crop: Callable[[int, int], Box] 
     return np.asarray(upright.resize((size, size), resample, box=edges)).transpose(2, 0, 1)
 
 
-def _takes_much(image: Image.Image, size: int | None) -> bool:
-    """Whether to decode it while no other such image is. A JPEG file that is scaled down row by row takes little."""
+def turn_for(image: Image.Image, size: int | None) -> AbstractContextManager:
+    """To decode it within: a large image waits until no other such is. A JPEG that is scaled down row by row takes little."""
     scaled = image.format in _DRAFTED and not image.info.get("progressive") and size and min(image.size) >= 17 * size
-    return image.width * image.height > BIG and not scaled  # 17: random crops are a quarter as long at least, see _draft
+    much = image.width * image.height > BIG and not scaled  # 17: random crops are a quarter as long at least, see _draft
+    return _one_big if much else nullcontext()
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """The image, its pixels not yet decoded. A pipe or device is refused: to open one may wait for ever."""
+def open_image(path: str | Path | BinaryIO) -> Image.Image:
+    """The image of a path or an open file, its pixels not yet decoded. A pipe or device is refused: it may wait for ever."""
     if isinstance(path, str | os.PathLike) and (entry := tar_entry.open_entry(path)) is not None:
         path = entry
     if isinstance(path, str | os.PathLike) and not stat.S_ISREG(os.stat(path).st_mode):
@@ -148,11 +150,14 @@ def fit(image: Image.Image, size: int, resample: Image.Resampling = Image.Resamp
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def _reason(error: Exception, path: str | Path) -> str:
+def reason(error: Exception, source: str | Path | BinaryIO) -> str:
+    """Why ``source``, a file or its path, could not be read as an image: a word or two."""
+    if isinstance(error, BadImage):
+        return str(error)
     if isinstance(error, FileNotFoundError):
         return "missing"
     if isinstance(error, UnidentifiedImageError):
-        first = _first_bytes(path)
+        first = _first_bytes(source)
         if first[4:].startswith(_HEIF):
             return "a HEIC photo: convert it to JPEG"
         return "not an image" if first else "empty"
@@ -166,8 +171,11 @@ def _reason(error: Exception, path: str | Path) -> str:
     return "truncated" if any(part in text.lower() for part in _DAMAGED) else text[:80]
 
 
-def _first_bytes(path: str | Path) -> bytes:
-    with tar_entry.open_entry(path) or open(path, "rb") as file:
+def _first_bytes(source: str | Path | BinaryIO) -> bytes:
+    if not isinstance(source, str | os.PathLike):
+        source.seek(0)
+        return source.read(12)
+    with tar_entry.open_entry(source) or open(source, "rb") as file:
         return file.read(12)
 
 
