@@ -11,26 +11,13 @@ set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,9p' "$0" >&2; exit 2; }
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PYTHON="${PYTHON:-python3}"
+source "$here/steps.sh"
 export PYTHONPATH="$(dirname "$here")${PYTHONPATH:+:$PYTHONPATH}"
 data_root="$(cd "$1" && pwd)"
 mkdir -p "$2"
 result="$(realpath -m "${3:-$2/own_images.json}")"
 cd "$2"
 export BALMS_WORKSPACE=work
-
-# step NAME COMMAND...: run it once, and note its seconds and what it wrote
-step() {
-    local name="$1" log="$1.log"
-    shift
-    [ -f "$name.seconds" ] && return
-    mkdir -p "$(dirname "$name")"
-    echo "+ $*" >&2
-    local began
-    began="$(date +%s.%N)"
-    "$@" > "$name.out" 2> "$log" || { tail -n 5 "$log" >&2; exit 1; }
-    echo "$(date +%s.%N) $began" | awk '{printf "%.1f\n", $1 - $2}' > "$name.seconds"
-}
-balms() { "$PYTHON" -m balms_cli "$@"; }
 
 # chain NAME FOLDER EPOCHS MAKE-LT-OPTIONS...
 chain() {
