@@ -82,6 +82,12 @@ def provenance(manifest: Manifest, runtime: Runtime, **more: Any) -> dict[str, A
             "versions": versions(), **more}  # fmt: skip
 
 
+def check_trained(header: Header, file: Path) -> None:
+    """Raises CheckpointError (exit 4) for a checkpoint whose backbone was taken as it was and has no classifier yet."""
+    if header.head == "untrained":
+        raise CheckpointError(f"{file} has no trained classifier (--frozen): run balms retrain {file.parent} first")
+
+
 def check_classes(header: Header, manifest: Manifest, path: Path) -> None:
     """A checkpoint and a data set must have the same classes, by name. Raises CheckpointError (exit 4)."""
     ours, theirs = set(manifest.classes), set(header.classes)

@@ -26,9 +26,9 @@ from ..models.classifiers import Classifier
 from ..report import compare, document, write
 from ..report.scored import Scored
 from ..reporter import Reporter
-from .common import Images, check_classes, load_images
+from .common import Images, check_classes, check_trained, load_images
 from .evaluate_show import show, show_bound, show_differences, show_seeds
-from .prior import adjustment
+from .prior import adjustment, warn_of_inexact
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, rep
     headers = [read_header(file) for file in files]  # every input is refused before any is scored
     manifests = [manifest_of(file, header, data) for header, file in zip(headers, files, strict=True)]
     for header, manifest, file in zip(headers, manifests, files, strict=True):
-        if header.head == "untrained":
-            raise CheckpointError(f"{file} has no trained classifier (--frozen): run balms retrain {file.parent} first")
+        check_trained(header, file)
         check_classes(header, manifest, file)
         if config.split not in manifest.splits or not len(manifest.splits[config.split]):
             raise DataError(f"{manifest.path} has no {config.split} images; name another split by --split, or data by --data")
@@ -154,9 +153,7 @@ def _score(config: EvaluateConfig, file: Path, manifest: Manifest, classes: list
     shift_C = adjustment(config, header)
     if shift_C is not None:
         logits_NC = logits_NC + shift_C.to(logits_NC)
-        if not header.prior_exact:
-            reporter.warn(f"{file.parent.name}: {header.classifier} with {header.loss} leaves no exact prior in its logits; "
-                          "re-scored as if it were that of its training law")  # fmt: skip
+        warn_of_inexact(shift_C, header, file.parent.name, reporter)
     # Classes are matched by name: columns and labels into the order of ``classes``, whatever the checkpoint's and the data's.
     place = {name: c for c, name in enumerate(header.classes)}
     order = [place[name] for name in classes]

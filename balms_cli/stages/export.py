@@ -25,6 +25,7 @@ from ..engine.runtime import versions
 from ..errors import CheckpointError, ConfigError, DataError, GateError
 from ..models.classifiers import Classifier
 from ..reporter import Reporter
+from .common import check_trained
 from .export_formats import (
     FORMAT,
     ONNX_PACKAGES,
@@ -38,7 +39,7 @@ from .export_formats import (
     to_torch,
     with_shift,
 )
-from .prior import adjustment
+from .prior import adjustment, warn_of_inexact
 
 __all__ = ["Export", "rebuild", "run"]
 
@@ -76,14 +77,11 @@ def run(config: ExportConfig, file: Path, out: Path | None = None, data: Path | 
     """
     reporter = reporter or Reporter()
     header = read_header(file)
-    if header.head == "untrained":
-        raise CheckpointError(f"{file} has no trained classifier (--frozen): run balms retrain {file.parent} first")
+    check_trained(header, file)
     target = _target(config.to, out, file, overwrite=overwrite)
     require_packages(config.to)
     shift_C = adjustment(config, header)
-    if shift_C is not None and not header.prior_exact:
-        reporter.warn(f"{header.classifier} with {header.loss} leaves no exact prior in its logits; re-scored as if it were "
-                      "that of its training law")  # fmt: skip
+    warn_of_inexact(shift_C, header, file.parent.name, reporter)
     model, header = load_model(file)
     model.requires_grad_(False)
     sample = _sample(config, header, file, data, reporter)

@@ -32,8 +32,8 @@ from ..metrics.temperature import HIGHEST, LOWEST, fit_temperature
 from ..models.classifiers import Classifier
 from ..report.card import implied_prior
 from ..reporter import Reporter
-from .common import check_classes, load_images
-from .prior import adjustment
+from .common import check_classes, check_trained, load_images
+from .prior import adjustment, warn_of_inexact
 
 _MAX_BYTES = 10_000  # of temperature.json
 
@@ -128,13 +128,10 @@ def load(run: str | Path, config: PredictConfig | None = None, data: Path | None
     """
     config, reporter, file = config or PredictConfig(), reporter or Reporter(), model_file(Path(run))
     runtime, header = setup(config.device, config.precision), read_header(file)
-    if header.head == "untrained":
-        raise CheckpointError(f"{file} has no trained classifier (--frozen): run balms retrain {file.parent} first")
+    check_trained(header, file)
     shift_C = adjustment(config, header)
     model, header = load_model(file)
-    if shift_C is not None and not header.prior_exact:
-        reporter.warn(f"{file.parent.name}: {header.classifier} with {header.loss} leaves no exact prior in its logits; "
-                      "re-scored as if it were that of its training law")  # fmt: skip
+    warn_of_inexact(shift_C, header, file.parent.name, reporter)
     model.to(runtime.device, memory_format=torch.channels_last)
     temperature = _temperature(config, file, model, header, data, runtime, reporter)
     return Predictor(header, model, runtime, config, shift_C, temperature)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..config import EvaluateConfig, PredictConfig, suggest
 from ..engine.header import Header
 from ..errors import ConfigError
+from ..reporter import Reporter
 
 NAMED = ("uniform", "train", "reversed")
 
@@ -26,6 +27,13 @@ def adjustment(config: EvaluateConfig | PredictConfig, header: Header) -> Tensor
     implied_C = torch.tensor(header.implied_log_prior, dtype=torch.float64)
     strength = 1.0 if config.posthoc_tau is None else config.posthoc_tau
     return strength * (target_C.log().log_softmax(0) - implied_C.log_softmax(0))
+
+
+def warn_of_inexact(shift_C: Tensor | None, header: Header, name: str, reporter: Reporter) -> None:
+    """``name``: the run's, as one of several may be meant."""
+    if shift_C is not None and not header.prior_exact:
+        reporter.warn(f"{name}: {header.classifier} with {header.loss} leaves no exact prior in its logits; re-scored as if it "
+                      "were that of its training law")  # fmt: skip
 
 
 def _target(name: str, header: Header) -> Tensor:
