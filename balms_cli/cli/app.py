@@ -88,7 +88,7 @@ app.command("meta-sample")(meta_sample.command)
 app.command("evaluate")(evaluate.command)
 app.command("predict")(predict.command)
 app.command("export")(export.command)
-app.command("detect", context_settings={"ignore_unknown_options": True, "help_option_names": []})(detect.command)
+app.add_typer(detect.app, name="detect")
 app.command("demo")(demo.command)
 
 

@@ -84,7 +84,12 @@ class RunDir:
         return json.loads(lines[-1])["loss"] if lines else None
 
     def resume_command(self, stage: str) -> str:
-        return f"balms {stage} --resume {shlex.quote(str(self.path))}"
+        return f"{command(stage)} --resume {shlex.quote(str(self.path))}"
+
+
+def command(stage: str) -> str:
+    """What a user types for a stage: ``balms pretrain``, ``balms detect train``."""
+    return f"balms {stage.replace('detect-', 'detect ', 1)}"
 
 
 def new_run(stage: str, label: str, *, workspace: Path, out: Path | None, overwrite: bool) -> RunDir:
@@ -100,7 +105,7 @@ def new_run(stage: str, label: str, *, workspace: Path, out: Path | None, overwr
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise ConfigError(f"--out {out} is not empty; add --overwrite to replace the run in it, go on with it by "
-                              f"'balms {stage} --resume {out}', or choose another folder")  # fmt: skip
+                              f"'{command(stage)} --resume {out}', or choose another folder")  # fmt: skip
         if not (out / CONFIG).is_file():
             raise ConfigError(f"--out {out} is not empty and not a run's folder: --overwrite leaves it alone; choose another")
     return RunDir(out)
@@ -138,7 +143,7 @@ def open_run(path: Path, stage: str) -> tuple[RunDir, Resolved, dict[str, Any]]:
         raise CheckpointError(f"{path} is not a run's folder: it has no {CONFIG}") from None
     except KeyError:
         found = next((s for s in STAGES if s in document), "nothing")
-        raise CheckpointError(f"{path} holds a run of {found}: use 'balms {found} --resume {path}'") from None
+        raise CheckpointError(f"{path} holds a run of {found}: use '{command(found)} --resume {path}'") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise CheckpointError(f"{path / CONFIG} cannot be read: {error}") from None
     # TOML has no null: what is absent was None, or is an option that the run's own version did not have yet.

@@ -1,21 +1,10 @@
-"""One strict model a stage: every value has a unit or meaning, a default, and a remembered source.
+"""The configurations of the commands on classification: every value with its meaning, default and remembered source."""
 
-Values come from five layers, later ones winning: default < method < preset < file (``--config``) < flag (options and
-``--set``); method: what the loss, classifier or reweighter that was chosen brings along, named with its source.
-``resolve`` merges them, refuses unknown keys with a suggestion, and says where each value came from.
-This module is a leaf: it knows nothing of torch, so that a mistake is told before anything heavy is imported.
-"""
+from typing import Any, Literal, get_args
 
-import difflib
-import tomllib
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
+from pydantic import Field, field_validator, model_validator
 
-import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from .errors import ConfigError
+from .base import Compile, ComputeConfig, Estimator, Hypergradient, StageConfig, suggest
 
 LossName = Literal[
     "softmax", "balanced", "balanced-sigmoid", "logit-adjusted", "focal", "cost-sensitive", "class-balanced",
@@ -26,25 +15,8 @@ CLASSIFIERS = ("auto", "linear", "cosine", "lws", "tau-norm", "ncm")
 REWEIGHTERS = ("none", "l2rw", "meta-weight-net")
 EXPORTS = ("onnx", "torch", "safetensors")
 SAMPLERS = ("instance", "class", "square-root", "progressive")
-Estimator = Literal["class", "image", "expected"]
-Hypergradient = Literal["auto", "closed-form", "jvp", "higher"]
 MetaSet = Literal["train", "meta"]
-# "on" and "off" may also be said as true and false, as older runs do.
-Compile = Annotated[
-    Literal["off", "on", "cuda-graphs"],
-    BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value),
-]
 Augmentation = Literal["resized-crop", "crop", "flip", "autoaugment", "cutout"]
-
-
-# How a run is computed, not what: two runs that differ in these alone are of one method.
-COMPUTING = frozenset(
-    {"device", "loading", "workers", "decode", "checkpoint_seconds", "deterministic", "compile", "tensorboard"}
-)
-
-
-class StageConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
 class MakeLTConfig(StageConfig):
@@ -73,12 +45,9 @@ class MakeLTConfig(StageConfig):
     leaf_classes: bool = Field(False, description="folders: each that holds images is a class (iNaturalist), not the outermost")
 
 
-class RunConfig(StageConfig):
-    """What every stage that computes has in common."""
+class RunConfig(ComputeConfig):
+    """What every stage on images of one class each has in common."""
 
-    seed: int = Field(0, ge=0, description="initial weights, order of the batches, augmentation")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the processor computes in it")
     loading: Literal["auto", "memory", "disk"] = Field(
         "auto", description="images in memory, or from their files as needed (auto: in memory where half of it holds them)"
     )
@@ -297,119 +266,7 @@ class AuditConfig(StageConfig):
     leaf_classes: bool = Field(False, description="folders: each that holds images is a class (iNaturalist), not the outermost")
 
 
-STAGES: dict[str, type[StageConfig]] = {
+CLASSIFY_STAGES: dict[str, type[StageConfig]] = {
     "make-lt": MakeLTConfig, "audit": AuditConfig, "pretrain": PretrainConfig, "retrain": RetrainConfig,
     "meta-sample": MetaSampleConfig, "evaluate": EvaluateConfig, "predict": PredictConfig, "export": ExportConfig,
 }  # fmt: skip
-
-C = TypeVar("C", bound=StageConfig)
-
-# A layer that sets one of a pair takes back what an earlier layer said of the other.
-_EXCLUSIVE = {"steps": "epochs", "epochs": "steps"}
-
-
-@dataclass(frozen=True)
-class Resolved(Generic[C]):
-    """A validated configuration, and for every key the layer its value came from."""
-
-    stage: str
-    config: C
-    sources: dict[str, str]
-    preset: str | None = None
-
-    def to_toml(self, run: dict[str, Any] | None = None) -> str:
-        """The dump that ``--config`` reads back: the stage's table, a source a key, and the run's provenance."""
-        values = {k: v for k, v in self.config.model_dump(mode="json").items() if v is not None}
-        document: dict[str, Any] = {"preset": self.preset} if self.preset else {}
-        document |= {self.stage: values, "source": {k: self.sources[k] for k in values}}
-        return tomli_w.dumps(document | ({"run": run} if run else {}))
-
-
-def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """A clause that helps with a mistyped word: the nearest known one, or all of them."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-
-
-def parse_set(pairs: list[str]) -> dict[str, Any]:
-    """``--set key=value`` into typed values: the value is read as TOML, or taken as text where it is not TOML."""
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator or not key.strip():
-            raise ConfigError(f"--set {pair!r}: write it as key=value")
-        try:
-            values[key.strip()] = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
-            values[key.strip()] = text.strip()
-    return values
-
-
-def read_file(path: Path, stage: str) -> tuple[dict[str, Any], str | None]:
-    """The table of ``stage`` in a TOML file, and the file's preset. Tables of other stages are left alone."""
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"--config {path}: {error}") from None
-    preset = document.pop("preset", None)
-    for key, value in document.items():
-        if key in ("source", "run") or (key in STAGES and isinstance(value, dict)):
-            continue
-        if key.replace("-", "_") in STAGES[stage].model_fields:
-            raise ConfigError(f"{path}: '{key}' stands outside a table; put it under [{stage}]")
-        raise ConfigError(f"{path}: unknown table or key '{key}'; {suggest(key, [*STAGES, 'preset'])}")
-    return document.get(stage, {}), preset
-
-
-def resolve(
-    stage: str,
-    *,
-    methods: list[tuple[str, dict[str, Any]]] | None = None,
-    preset: tuple[str, dict[str, Any]] | None = None,
-    preset_sources: dict[str, str] | None = None,
-    file: tuple[Path, dict[str, Any]] | None = None,
-    flags: dict[str, Any] | None = None,
-    sets: dict[str, Any] | None = None,
-) -> Resolved:
-    """Merge the layers for ``stage`` and validate. All mistakes are told at once, a clause each, in one line.
-
-    ``methods``: what a chosen method brings along (``presets.methods``), each with the name of its source.
-    ``preset_sources``: where single values of the preset come from, by key (``presets.sources``).
-    Raises: ConfigError (exit 2) for unknown keys and for values of the wrong type or range.
-    """
-    model = STAGES[stage]
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    layers = [("flag", flags or {}), ("flag --set", sets or {})]
-    if file:
-        layers.insert(0, (f"file {file[0].name}", file[1]))
-    if preset:
-        layers.insert(0, (f"preset {preset[0]}", preset[1]))
-    layers = [*(methods or []), *layers]
-    unknown: list[str] = []
-    for name, layer in layers:
-        for key, value in layer.items():
-            key = key.replace("-", "_")
-            if key not in model.model_fields:
-                unknown.append(f"unknown key '{key}' ({name}); {suggest(key, list(model.model_fields))}")
-                continue
-            values[key], sources[key] = value, name
-            if preset_sources and name == f"preset {preset[0]}" and key in preset_sources:
-                sources[key] += f": {preset_sources[key]}"
-            if other := _EXCLUSIVE.get(key) if value is not None else None:
-                values[other], sources[other] = None, name
-    if unknown:
-        raise ConfigError("; ".join(unknown))
-    try:
-        config = model(**values)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e, sources) for e in error.errors())) from None
-    return Resolved(stage, config, {k: sources.get(k, "default") for k in model.model_fields}, preset[0] if preset else None)
-
-
-def _explain(error: Any, sources: dict[str, str]) -> str:
-    """One pydantic error as one clause: the key, what is wrong, what was given, and by which layer."""
-    if not error["loc"]:  # a rule about several keys, which says it all
-        return error["msg"].removeprefix("Value error, ")
-    key = str(error["loc"][0])
-    return f"{key}: {error['msg'].removeprefix('Input ')}, got {error['input']!r} ({sources.get(key, 'default')})"

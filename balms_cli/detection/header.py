@@ -1,0 +1,76 @@
+"""What a detector's ``model.safetensors`` says of itself, and finding the newest one. Torch is not imported here.
+
+A header is a stranger's text: its size is bounded, every field is checked, and nothing in it is ever run.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FORMAT = 1
+KEY = "balms-detect"
+
+
+class Category(BaseModel):
+    """One category as the training annotations have it. ``id`` is the JSON's own; a detector's label is its place plus 1."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: int
+    name: str
+    image_count: int = Field(ge=1)  # training images with at least one instance
+    instance_count: int = Field(ge=1)
+    frequency: Literal["r", "c", "f"]  # rare (1-10 images), common (11-100), frequent: the JSON's, else by image_count
+
+
+class Architecture(BaseModel):
+    """All that decides the shapes and the forward pass of a detector, beside its number of categories."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    backbone: str
+    norm: Literal["frozen", "batch"]  # FrozenBatchNorm where weights were given; from scratch it would give NaN
+    fpn_channels: int = Field(ge=16, le=1024)
+    head_features: int = Field(ge=16, le=4096)
+    masks: bool
+    class_agnostic: bool
+    family: Literal["softmax", "sigmoid"]  # C + 1 scores with background first, or C scores
+    min_sizes: list[int] = Field(min_length=1)  # in training
+    test_size: int = Field(ge=32, le=4096)
+    max_size: int = Field(ge=32, le=4096)
+    proposals: int = Field(ge=1)
+    rois_per_image: int = Field(ge=1)
+    foreground_share: float = Field(gt=0, le=1)
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class DetectHeader(BaseModel):
+    """What ``model.safetensors`` of a detector says of itself."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: int
+    created: str
+    stage: Literal["detect-train", "detect-finetune"]
+    architecture: Architecture
+    categories: list[Category] = Field(min_length=1)  # in the order of the labels 1..C
+    num_images: int = Field(ge=1)  # training images with annotations: what image_count is a share of
+    loss: str
+    classifier: Literal["linear", "lws"] = "linear"
+    recipe: dict[str, Any]
+    annotations: str
+    annotations_sha256: str
+    images: str
+    parent_sha256: str | None = None
+    rates: list[float] | None = None  # category weights that a meta reweigher learned
+
+    @model_validator(mode="after")
+    def _ids_once(self) -> "DetectHeader":
+        if len({c.id for c in self.categories}) != len(self.categories):
+            raise ValueError("category ids repeat")
+        return self
+
+    def to_metadata(self) -> dict[str, str]:
+        """For the safetensors writer, which takes text by text."""
+        return {KEY: self.model_dump_json()}
