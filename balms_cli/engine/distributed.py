@@ -57,6 +57,14 @@ class World:
         dist.all_reduce(value)
         return value / self.size
 
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over the processes, in each of them; without a graph."""
+        if self.size == 1:
+            return value
+        total = value.detach().to(_meeting(value.device), copy=True)
+        dist.all_reduce(total)
+        return total.to(value.device)
+
     def any(self, flag: bool, device: torch.device) -> bool:
         """Does any process say so? All of them hear the same answer."""
         if self.size == 1:
@@ -76,14 +84,14 @@ class World:
         if self.size == 1:
             return part
         shapes = [self.rows(count, rank) for rank in range(self.size)]
-        longest = max(s.stop - s.start for s in shapes)
-        # NCCL speaks between GPUs only.
-        meeting = part.device if dist.get_backend() != "nccl" else torch.device("cuda", torch.cuda.current_device())
-        padded = torch.zeros(longest, *part.shape[1:], dtype=part.dtype, device=meeting)
-        padded[: len(part)] = part.to(meeting)
-        parts = [torch.empty_like(padded) for _ in shapes]
-        dist.all_gather(parts, padded)
-        return torch.cat([p[: s.stop - s.start].to(part.device) for p, s in zip(parts, shapes, strict=True)])
+        return _all_rows(part, [s.stop - s.start for s in shapes])
+
+    def gather_rows(self, part: Tensor) -> Tensor:
+        """All rows [N, ...] from parts of any length, none included, in every process: process 0's first. Without a graph."""
+        if self.size == 1:
+            return part
+        lengths_P = self.gather(torch.tensor([len(part)]), self.size)
+        return _all_rows(part.detach(), lengths_P.tolist())
 
     def wrap(self, model: nn.Module, device: torch.device, *, sync_batch_norm: bool = False) -> nn.Module:
         """``model`` with its gradients averaged over the processes, in backward; ``sync_batch_norm``: BatchNorm statistics over
@@ -94,6 +102,20 @@ class World:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         ids = [device.index] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _meeting(device: torch.device) -> torch.device:
+    """Where a tensor of ``device`` is sent from: NCCL speaks between GPUs only."""
+    return device if dist.get_backend() != "nccl" else torch.device("cuda", torch.cuda.current_device())
+
+
+def _all_rows(part: Tensor, lengths: list[int]) -> Tensor:
+    """The parts of all processes after one another; ``lengths`` says how long each is."""
+    padded = torch.zeros(max(lengths), *part.shape[1:], dtype=part.dtype, device=_meeting(part.device))
+    padded[: len(part)] = part.to(padded.device)
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([p[:length].to(part.device) for p, length in zip(parts, lengths, strict=True)])
 
 
 ALONE = World()

@@ -2,7 +2,7 @@
 
 from .balanced import BalancedSigmoidLoss, BalancedSoftmaxLoss, LogitAdjustedLoss, SigmoidLoss
 from .base import SoftmaxLoss, class_counts, log_softmax
-from .equalization import EqualizationLoss
+from .equalization import EqualizationLoss, SigmoidEqualizationLoss
 from .margin import LDAMLoss
 from .reweighted import (
     ClassBalancedLoss,
@@ -10,13 +10,14 @@ from .reweighted import (
     DeferredReweighting,
     FocalLoss,
     ReweightedLoss,
+    SigmoidFocalLoss,
     effective_number,
 )
 
 __all__ = [
     "BalancedSigmoidLoss", "BalancedSoftmaxLoss", "ClassBalancedLoss", "CostSensitiveLoss", "DeferredReweighting",
-    "EqualizationLoss", "FocalLoss", "LDAMLoss", "LogitAdjustedLoss", "ReweightedLoss", "SigmoidLoss", "SoftmaxLoss",
-    "build_loss", "class_counts", "effective_number", "log_softmax",
+    "EqualizationLoss", "FocalLoss", "LDAMLoss", "LogitAdjustedLoss", "ReweightedLoss", "SigmoidEqualizationLoss",
+    "SigmoidFocalLoss", "SigmoidLoss", "SoftmaxLoss", "build_loss", "class_counts", "effective_number", "log_softmax",
 ]  # fmt: skip
 
 

@@ -3,6 +3,12 @@
 Shapes: B batch, C classes. ``per_example`` gives the B terms and ``denominator`` what their sum is divided by (B, or the
 sum of class weights in the batch), so that a meta-learner can weigh the terms one by one. Counts act in training only: at
 test time raw logits are used. Everything is computed at least in float32, whatever autocast made of the logits.
+
+Regions of a detector: B are the regions, and ``background`` is the label of those that show none of the C classes (0 in
+torchvision, C in detectron2 and mmdetection). Softmax then has C + 1 columns, a label being its column; sigmoids have C
+columns, without one for the background, whose target is zero in each. Priors act on foreground rows alone, a background row
+is left as it is (remark in A.2 of the supplement), and every loss is divided by the number of rows. The prior of a class is
+its share of the images: several classes share an image, so these do not sum to one, as shares of counts do.
 """
 
 import torch
@@ -34,6 +40,28 @@ def checked_counts(counts) -> Tensor:
     return counts_C
 
 
+def checked_priors(priors, background: int) -> Tensor:
+    """Shares of the images as float64 [C]. Raises ValueError for one outside (0, 1), such as a count, and for a label of the
+    background that is not 0..C."""
+    priors_C = torch.as_tensor(priors, dtype=torch.float64).flatten()
+    wrong_C = priors_C[~((priors_C > 0) & (priors_C < 1))]
+    if len(wrong_C) or not len(priors_C):
+        got = f"got {wrong_C[0]:g}" if len(wrong_C) else "got none"
+        raise ValueError("with background= the first argument is each class's share of the N images, in (0, 1), not its count; "
+                         f"{got}: give image counts / N, clamped to [1/(2N), 1 - 1/(2N)]")  # fmt: skip
+    if background > len(priors_C):
+        raise ValueError(f"background={background} is no label of {len(priors_C)} classes and background: it is one of "
+                         f"0..{len(priors_C)}")  # fmt: skip
+    return priors_C
+
+
+def by_label(values_C: Tensor, background: int | None, of_background: float) -> Tensor:
+    """Values of the classes in the order of the labels: [C], or [C + 1] with ``of_background`` in the background's place."""
+    if background is None:
+        return values_C
+    return torch.cat([values_C[:background], values_C.new_full((1,), of_background), values_C[background:]])
+
+
 def log_share(counts) -> Tensor:
     """log(n_c / N) in float64 [C]: shares, not counts, so that the shift stays small whatever the size of the data."""
     counts_C = checked_counts(counts)
@@ -62,6 +90,8 @@ class SoftmaxLoss(nn.Module):
 
     Most of the family is cross-entropy on changed logits, so a subclass says only how (``adjusted``); one with other terms
     overrides ``per_example`` too. ``class_counts`` is taken for the sake of one signature and not used here.
+
+    ``background``: the label of background rows; the logits are then [B, C + 1]. Raises ValueError for one below zero.
     """
 
     # Is ``implied_log_prior`` what raw logits are calibrated for, or only the law that the loss was fed with?
@@ -75,8 +105,13 @@ class SoftmaxLoss(nn.Module):
         if "per_example" in cls.__dict__ and "with_gradient" not in cls.__dict__:
             cls.with_gradient = None
 
-    def __init__(self, class_counts=None):
+    def __init__(self, class_counts=None, *, background: int | None = None):
         super().__init__()
+        if background is not None:
+            if background < 0:
+                raise ValueError(f"background={background}: the label of background rows is 0 or more")
+            self.prior_is_exact = False  # background rows are not adjusted
+        self.background = background
         self.register_buffer("offset_C", None, persistent=False)
 
     def at_step(self, step: int, steps: int, seed: int = 0) -> None:
@@ -84,12 +119,29 @@ class SoftmaxLoss(nn.Module):
 
     def plain(self) -> "SoftmaxLoss":
         """The loss of the same kind without prior, weights or margin: what a meta-learner reads on balanced batches."""
-        return SoftmaxLoss()
+        return SoftmaxLoss(background=self.background)
 
     def adjusted(self, logits_BC: Tensor, targets_B: Tensor) -> Tensor:
         """The logits that training sees, at least float32 [B, C]."""
         logits_BC = at_least_float32(logits_BC)
-        return logits_BC if self.offset_C is None else logits_BC + self.offset_C.to(logits_BC)
+        if self.offset_C is None:
+            return logits_BC
+        offset_C = self.by_column(self.offset_C.to(logits_BC), logits_BC)
+        if self.background is None:
+            return logits_BC + offset_C
+        return logits_BC + (targets_B != self.background)[:, None] * offset_C
+
+    def by_column(self, values_C: Tensor, logits_BC: Tensor) -> Tensor:
+        """Values of the classes in the order of the columns, zero for the background's. Raises ValueError where the logits have
+        not as many columns."""
+        values_C = self._columns(values_C)
+        if self.background is not None and len(values_C) != logits_BC.shape[1]:
+            raise ValueError(f"{type(self).__name__} with background= needs logits of {len(values_C)} columns here, got "
+                             f"{logits_BC.shape[1]}: one a class, and for a softmax one for the background")  # fmt: skip
+        return values_C
+
+    def _columns(self, values_C: Tensor) -> Tensor:
+        return by_label(values_C, self.background, 0.0)
 
     def per_example(self, logits_BC: Tensor, targets_B: Tensor) -> Tensor:
         """The B terms of the loss: [B]."""

@@ -1,9 +1,11 @@
 """Equalization Loss. Shapes: B batch, C classes."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .base import SoftmaxLoss, at_least_float32, checked_counts
+from .balanced import SigmoidLoss
+from .base import SoftmaxLoss, at_least_float32, checked_counts, checked_priors
 
 
 class EqualizationLoss(SoftmaxLoss):
@@ -38,3 +40,37 @@ class EqualizationLoss(SoftmaxLoss):
         spared_BC &= self.tail_C
         spared_BC = spared_BC.scatter(1, targets_B[:, None], False)
         return logits_BC.masked_fill(spared_BC, -torch.inf)
+
+
+class SigmoidEqualizationLoss(SigmoidLoss):
+    """Equalization Loss of a detector (Tan et al., CVPR 2020): binary cross-entropies, where a rare class is spared the push
+    that foreground of other classes gives it.
+
+    sum_j w_rj BCE_rj,  w_rj = 1 - E(r) T(f_j) (1 - y_rj); E(r) is 1 for a foreground row r and 0 for a background row, T(f) is
+    1 where f < ``threshold``. ``class_priors``: shares f_c of the images, in (0, 1), else ValueError. ``threshold``: the
+    share under which a class is rare, 0.00176 for LVIS v0.5 in the original. ``background``: label of background rows, as in
+    ``SigmoidLoss``. Logits [B, C].
+    """
+
+    def __init__(self, class_priors, threshold: float = 0.00176, *, background: int):
+        super().__init__(background=background)
+        rare_C = checked_priors(class_priors, background) < threshold
+        self.register_buffer("rare_C", rare_C, persistent=False)
+
+    def _kept(self, targets_B: Tensor, onehot_BC: Tensor) -> Tensor:
+        """w_rj [B, C], in the type of the logits."""
+        rare_C = self.by_column(self.rare_C.to(onehot_BC), onehot_BC)
+        foreground_B1 = (targets_B != self.background)[:, None]
+        return 1 - foreground_B1 * rare_C * (1 - onehot_BC)
+
+    def per_example(self, logits_BC: Tensor, targets_B: Tensor) -> Tensor:
+        logits_BC = at_least_float32(logits_BC)
+        onehot_BC = self.onehot(targets_B, logits_BC)
+        terms_BC = F.binary_cross_entropy_with_logits(logits_BC, onehot_BC, reduction="none")
+        return (self._kept(targets_B, onehot_BC) * terms_BC).sum(1)
+
+    def with_gradient(self, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BC = at_least_float32(logits_BC.detach())
+        onehot_BC = self.onehot(targets_B, logits_BC)
+        gradient_BC = (logits_BC.sigmoid() - onehot_BC) * self._kept(targets_B, onehot_BC)
+        return self.per_example(logits_BC, targets_B), gradient_BC

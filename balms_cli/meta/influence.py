@@ -13,6 +13,9 @@ exactly, for dampening 0 and no clipping, an empty momentum buffer included. Thr
 * ``jvp``, any network: h is the directional derivative of the per-example losses along D, one forward-mode pass;
 * ``higher``, the paper's route (Grefenstette et al., 2019): differentiate through the step. Kept as the reference.
 
+Where several processes share the batch and the meta batch, the closed form needs only sums over all of them: of the terms'
+denominators, the gradient at w, and the meta gradient at w'.
+
 Shapes: B batch, M meta batch, C classes, D features.
 """
 
@@ -52,6 +55,7 @@ def influence(
     weights_B: Weights = None,
     meta_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     method: str = "auto",
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> Influence:
     """h_i = d meta_loss(w') / d s_i for every example of ``batch``, at s = ``weights_B`` (default: ones).
 
@@ -66,7 +70,13 @@ def influence(
     says that ``grads`` are zeros without computing them: ``jvp`` then has no first pass, neither forward nor backward, and
     takes ``losses_B`` from the forward-mode pass. Zeros in a tensor are not looked for.
 
-    Raises ValueError for an optimizer whose step is not the one above, and for closed-form on another model.
+    ``total`` sums a tensor over the processes that share one step (``World.sum``), each with rows of its own, in any number:
+    ``grads`` and ``meta_loss`` are then those of one process with all rows, and ``influence_B`` its part for these. Closed
+    form only; ``weights_B`` as numbers, made by who knows all rows; ``meta_loss`` plain cross-entropy or a loss of
+    ``balms_cli.losses``, whose terms and denominator can be summed apart.
+
+    Raises ValueError for an optimizer whose step is not the one above, for closed-form on another model, and for ``total``
+    with what it does not do.
     """
     if method == "auto":
         method = "closed-form" if _is_linear_head(model) else "jvp"
@@ -75,7 +85,13 @@ def influence(
         raise ValueError(f"method {method!r}: choose one of {', '.join(routes)}")
     if any(group["dampening"] or group["maximize"] for group in optimizer.param_groups):
         raise ValueError("influence is exact for SGD without dampening and without maximize")
-    return routes[method](model, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
+    if total is None:
+        return routes[method](model, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
+    if method != "closed-form":
+        raise ValueError(f"influence over several processes is computed in closed form, for an nn.Linear, not by {method}")
+    if callable(weights_B):
+        raise ValueError("influence over several processes takes weights as a tensor: a function would see the losses of one")
+    return _closed_form(model, optimizer, loss, batch, meta_batch, weights_B, meta_loss, total)
 
 
 def sgd_lookahead(params: Params, grads: Params, optimizer: torch.optim.SGD) -> tuple[Params, dict[str, float]]:
@@ -100,7 +116,7 @@ def _is_linear_head(model: nn.Module) -> bool:
     return type(model) is nn.Linear and all(p.requires_grad for p in model.parameters())
 
 
-def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss) -> Influence:
+def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss, total=None) -> Influence:
     if not _is_linear_head(head):
         raise ValueError(f"closed form: only for an nn.Linear learnt as a whole, not {type(head).__name__}: use method='jvp'")
     (features_BD, targets_B), (meta_MD, meta_targets_M) = batch, meta_batch
@@ -110,14 +126,23 @@ def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
     weights_B = _weights_at(weights_B, losses_B)
     weighted_BC = dlogits_BC if weights_B is None else dlogits_BC * weights_B[:, None]
     count = _denominator(loss, targets_B)
+    if total is not None:
+        count = total(torch.as_tensor(count, dtype=losses_B.dtype, device=losses_B.device))
     grads = _outer(weighted_BC / count, features_BD, head)
+    if total is not None:
+        grads = {name: total(g) for name, g in grads.items()}
 
     ahead, rate = sgd_lookahead(params, grads, optimizer)
     meta_logits_MC = F.linear(meta_MD, ahead["weight"], ahead.get("bias"))
-    meta_value, dmeta_MC = _mean_with_gradient(meta_loss, meta_logits_MC, meta_targets_M)
-
+    scale = {name: -r / count for name, r in rate.items()}
     # <grad l_i, D> for every i at once: the products that stand for the second-order graph.
-    along_BC = _along(features_BD, dmeta_MC, meta_MD, {name: -r / count for name, r in rate.items()})
+    if total is None:
+        meta_value, dmeta_MC = _mean_with_gradient(meta_loss, meta_logits_MC, meta_targets_M)
+        along_BC = _along(features_BD, dmeta_MC, meta_MD, scale)
+    else:
+        meta_value, dmeta_MC = _share_with_gradient(meta_loss, meta_logits_MC, meta_targets_M, total)
+        direction = {name: total(g) * scale[name] for name, g in _outer(dmeta_MC, meta_MD, head).items()}
+        along_BC = F.linear(features_BD, direction["weight"], direction.get("bias"))
     return Influence((dlogits_BC * along_BC).sum(1), losses_B, grads, meta_value)
 
 
@@ -159,7 +184,21 @@ def _mean_with_gradient(meta_loss: Callable, logits_MC: Tensor, targets_M: Tenso
     if not getattr(meta_loss, "with_gradient", None):
         return _by_autograd(meta_loss, logits_MC, targets_M)
     losses_M, gradient_MC = meta_loss.with_gradient(logits_MC, targets_M)
-    return losses_M.mean(), gradient_MC.div_(len(losses_M))
+    count = _denominator(meta_loss, targets_M)
+    return losses_M.sum() / count, gradient_MC.div_(count)
+
+
+def _share_with_gradient(meta_loss: Callable, logits_MC: Tensor, targets_M: Tensor, total: Callable) -> tuple[Tensor, Tensor]:
+    """A meta loss over the rows of all processes (a scalar), and its gradient by the logits of this one [M, C]."""
+    if meta_loss is F.cross_entropy:
+        meta_loss = SoftmaxLoss()
+    if not hasattr(meta_loss, "per_example"):
+        raise ValueError("influence over several processes needs a meta loss with per_example and denominator, such as "
+                         "balms_cli.SoftmaxLoss(): how another one is averaged over the rows cannot be told")  # fmt: skip
+    losses_M, gradient_MC = _with_gradient(meta_loss, logits_MC, targets_M)
+    count = torch.as_tensor(_denominator(meta_loss, targets_M), dtype=losses_M.dtype, device=losses_M.device)
+    count = total(count)
+    return total(losses_M.sum()) / count, gradient_MC / count
 
 
 def _by_autograd(loss: Callable, logits_BC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
