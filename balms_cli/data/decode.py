@@ -61,7 +61,7 @@ def _read(image: Image.Image, size: int | None, crop: Callable[[int, int], Box] 
     whole = upright_size(image)
     box = None if crop is None else crop(*whole)
     _draft(image, size, min(image.size) if box is None else min(box[2:]))
-    upright = _upright(image)
+    upright = upright_rgb(image)
     if box is None:
         return fit(upright, size, resample)
     x, y = upright.width / whole[0], upright.height / whole[1]  # as the decoder scaled it
@@ -108,11 +108,13 @@ def _draft(image: Image.Image, size: int, shorter: int) -> None:
         image.draft(None, (round(image.width * scale), round(image.height * scale)))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """A decoded image turned upright, as RGB of 8 bits; ``image`` itself where it is that already."""
+def upright_rgb(image: Image.Image, turn: bool = True) -> Image.Image:
+    """A decoded image turned upright (``turn`` False: as it is stored), as RGB of 8 bits; ``image`` itself where it is that
+    already."""
     # A TIFF file of 16 bits whose 0 is white: the only kind that Pillow leaves as a negative.
     negative = image.format == "TIFF" and image.mode == "I;16" and image.tag_v2.get(262) == 0
-    ImageOps.exif_transpose(image, in_place=True)
+    if turn:
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":
         image = _to_8_bits(image, negative)
     if image.mode in ("P", "PA"):
