@@ -3,12 +3,22 @@
 A header is a stranger's text: its size is bounded, every field is checked, and nothing in it is ever run.
 """
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..engine.header import DETECTOR_KEY as KEY
+from ..engine.header import read_metadata
+from ..engine.run_dir import MODEL, model_file
+from ..errors import CheckpointError
 
 FORMAT = 1
-KEY = "balms-detect"
+
+
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Category(BaseModel):
@@ -35,14 +45,14 @@ class Architecture(BaseModel):
     masks: bool
     class_agnostic: bool
     family: Literal["softmax", "sigmoid"]  # C + 1 scores with background first, or C scores
-    min_sizes: list[int] = Field(min_length=1)  # in training
+    min_sizes: list[Annotated[int, Field(ge=32, le=4096)]] = Field(min_length=1)  # in training
     test_size: int = Field(ge=32, le=4096)
     max_size: int = Field(ge=32, le=4096)
     proposals: int = Field(ge=1)
     rois_per_image: int = Field(ge=1)
     foreground_share: float = Field(gt=0, le=1)
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[_Number, _Number, _Number]
+    std: tuple[_Positive, _Positive, _Positive]
 
 
 class DetectHeader(BaseModel):
@@ -74,3 +84,40 @@ class DetectHeader(BaseModel):
     def to_metadata(self) -> dict[str, str]:
         """For the safetensors writer, which takes text by text."""
         return {KEY: self.model_dump_json()}
+
+
+def read_detect_header(path: Path) -> DetectHeader:
+    """The header of a detector's file. Raises CheckpointError (exit 4) for anything else."""
+    metadata = read_metadata(path)
+    if KEY not in metadata:
+        what = "is a classifier, not a detector" if "balms" in metadata else "was not written by balms detect"
+        raise CheckpointError(f"{path} {what}; make a detector by balms detect train")
+    try:
+        header = DetectHeader.model_validate_json(metadata[KEY])
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "header"
+        raise CheckpointError(f"{path}: bad header, {place}: {first['msg']}") from None
+    if header.format > FORMAT:
+        raise CheckpointError(f"{path} has format {header.format}, this balms reads up to {FORMAT}: update balms")
+    return header
+
+
+def detector_file(path: Path) -> Path:
+    """The checkpoint file that a path names: the file itself, or the one in a run's folder. Raises CheckpointError where the
+    run is not complete."""
+    return model_file(path)
+
+
+def newest_detector(workspace: Path, stages: Iterable[str]) -> Path | None:
+    """The folder of the newest complete run of one of ``stages`` (detect-train, detect-finetune) in the workspace, by the
+    creation time in its header."""
+    best: tuple[str, Path] | None = None
+    for file in (workspace / "runs").glob(f"*/{MODEL}"):
+        try:
+            header = read_detect_header(file)
+        except CheckpointError:
+            continue
+        if header.stage in stages and (best is None or header.created > best[0]):
+            best = (header.created, file.parent)
+    return best[1] if best else None

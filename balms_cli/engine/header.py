@@ -16,6 +16,7 @@ from ..errors import CheckpointError
 
 FORMAT = 1
 _KEY = "balms"
+DETECTOR_KEY = "balms-detect"  # in its place in a detector's checkpoint: detection/header.py
 _MAX_HEADER_BYTES = 50_000_000
 
 
@@ -63,18 +64,25 @@ class Header(BaseModel):
         return {_KEY: self.model_dump_json()}
 
 
-def read_header(path: Path) -> Header:
-    """The header of a checkpoint file. Raises CheckpointError (exit 4) for anything that is not one of ours."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file carries beside its tensors. Raises CheckpointError (exit 4) where it is none."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
                 raise ValueError("its header is longer than the file")
-            metadata = json.loads(file.read(length)).get("__metadata__") or {}
+            return json.loads(file.read(length)).get("__metadata__") or {}
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
-    except (OSError, ValueError, struct.error, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, struct.error, AttributeError) as error:
         raise CheckpointError(f"{path} is not a checkpoint, or is damaged: {error}") from None
+
+
+def read_header(path: Path) -> Header:
+    """The header of a checkpoint file. Raises CheckpointError (exit 4) for anything that is not one of ours."""
+    metadata = read_metadata(path)
+    if DETECTOR_KEY in metadata:
+        raise CheckpointError(f"{path} is a detector, not a classifier: use balms detect evaluate, predict or finetune with it")
     if _KEY not in metadata:
         raise CheckpointError(f"{path} was not written by balms (no '{_KEY}' header); use it as --weights of pretrain")
     try:
