@@ -5,22 +5,21 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from array import array
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from balms_cli.detection import annotations as module
 from balms_cli.detection.annotations import (
-    clip_polygon,
-    compressed,
     find_annotations,
     find_images,
     keep_images,
     load_annotations,
     tell_left_out,
 )
+from balms_cli.detection.outlines import clip_polygon, compressed, runs_of
 from balms_cli.errors import DataError
 from balms_cli.reporter import Reporter
 
@@ -215,7 +214,7 @@ def test_a_clipped_polygon_covers_the_same_points():
     rng = np.random.default_rng(0)
     for _ in range(50):
         polygon = rng.uniform(-400, 500, 2 * int(rng.integers(3, 9))).tolist()
-        clipped = clip_polygon(module.array("d", polygon), 100, 80).tolist()
+        clipped = clip_polygon(array("d", polygon), 100, 80).tolist()
         points = rng.uniform((-100, -80), (200, 160), (200, 2))
         assert [even_odd(polygon, *p) for p in points] == [even_odd(clipped, *p) for p in points]
         assert not clipped or (min(clipped[::2]) >= -100 and max(clipped[1::2]) <= 160)
@@ -243,7 +242,7 @@ def test_run_length_masks_are_read_like_pycocotools_and_hostile_ones_never_reach
                     value = pixel
                 runs[-1] += 1
             theirs = coco_mask.encode(mask)["counts"].decode()
-            assert module._runs(theirs) == runs
+            assert runs_of(theirs) == runs
             for counts in (theirs, runs):
                 assert compressed({"size": [height, width], "counts": counts}, height, width)["counts"] == theirs
     for counts in ("", "0", "é", "oooooooooooooo", "0" * 20, "~~~", "P" * 9, b"0", None, [25.0], [True] * 25, [10**400], [],

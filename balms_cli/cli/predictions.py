@@ -48,8 +48,8 @@ def write(predictor, arguments: list[str], *, as_json: bool, quiet: bool, report
                 said = time.monotonic()
                 reporter.note(f"{good + bad:,} images, {(good + bad) / (said - began):.0f} a second")
     if not good:
-        raise DataError(_nothing(bad, passed))
-    reporter.note(f"classified: {good:,} of {good + bad:,} images in {time.monotonic() - began:.1f} s{_passed_over(passed)}")
+        raise DataError(nothing_read(bad, passed))
+    reporter.note(f"classified: {good:,} of {good + bad:,} images in {time.monotonic() - began:.1f} s{passed_over(passed)}")
 
 
 def _line(one) -> str:
@@ -70,13 +70,13 @@ def _table(predictor, read: list, reporter: Reporter) -> None:
     reporter.table(title, ["image", "class", "score", "next"], rows)
 
 
-def _nothing(bad: int, passed: Counter[str]) -> str:
+def nothing_read(bad: int, passed: Counter[str]) -> str:
     if bad:
         return f"not one of {bad:,} images could be read; the lines above say why"
-    return f"there are no images in what was named{_passed_over(passed)}"
+    return f"there are no images in what was named{passed_over(passed)}"
 
 
-def _passed_over(passed: Counter[str]) -> str:
+def passed_over(passed: Counter[str]) -> str:
     if not passed:
         return ""
     kinds = ", ".join(f"{n:,} {printable(ending) or 'without ending'}" for ending, n in passed.most_common(3))

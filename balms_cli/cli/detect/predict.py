@@ -84,7 +84,7 @@ def _write(predictor, results, params: Params, threshold: float, reporter) -> No
     from ...data.aside import printable
     from ...detection.predict import text_line
     from ...errors import DataError
-    from ..predictions import _nothing, _passed_over, paths_of
+    from ..predictions import nothing_read, passed_over, paths_of
 
     told, passed = ConsoleReporter(), Counter()  # what could not be read is told with --quiet too
     good = bad = objects = empty = 0
@@ -105,11 +105,11 @@ def _write(predictor, results, params: Params, threshold: float, reporter) -> No
                 said = time.monotonic()
                 reporter.note(f"{good + bad:,} images, {(good + bad) / (said - began):.1f} a second")
     if not good:
-        raise DataError(_nothing(bad, passed))
+        raise DataError(nothing_read(bad, passed))
     if not objects:
         reporter.warn(f"nothing scores {threshold:g} or more in these images; a lower --score-threshold shows more")
     reporter.note(f"found: {objects:,} objects in {good - empty:,} of {good:,} images, {time.monotonic() - began:.1f} s"
-                  f"{_passed_over(passed)}")  # fmt: skip
+                  f"{passed_over(passed)}")  # fmt: skip
     if results is not None:
         reporter.note(f"pictures: {results.folder}, with all numbers in {results.folder / 'predictions.jsonl'}")
         if not params["json"]:
