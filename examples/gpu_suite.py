@@ -40,6 +40,8 @@ def plan(data: Path, device: str, rehearse: bool) -> list[Part]:
     engine = [PYTHON, str(HERE / "bench_engine.py"), str(data), *place, "--json", *rounds]
     retrain = [PYTHON, str(HERE / "bench_retrain.py"), str(data), *place, "--json", *(["--rehearse"] if rehearse else [])]
     paper = [PYTHON, str(HERE / "gpu_suite.py"), "paper-run", str(data), device, str(int(rehearse))]
+    detector = [PYTHON, str(HERE / "bench_detector.py"), *place, "--json",
+                *(["--size", "64", "--batch", "1", "--categories", "20", "--rounds", "1"] if rehearse else [])]  # fmt: skip
     compiled = ["--compile", "cuda-graphs" if device.startswith("cuda") else "on"]
     return [
         check("losses", device, data, 60),
@@ -51,6 +53,7 @@ def plan(data: Path, device: str, rehearse: bool) -> list[Part]:
         Part("bench_engine", [*engine, "--nets", "resnet32"], 90, CONFIGURED),
         Part("bench_engine compiled", [*engine, "--nets", "resnet32", *compiled], 150, CONFIGURED),
         Part("bench_retrain", retrain, 120, (*CONFIGURED, "higher")),
+        Part("bench_detector", detector, 120, CONFIGURED),
         check("compile", device, data, 150, CONFIGURED),
         Part("bench_engine resnet50", [*engine, "--nets", "resnet50"], 120, CONFIGURED),
         check("decode", device, data, 60, CONFIGURED),
