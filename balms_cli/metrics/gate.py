@@ -1,6 +1,7 @@
 """Quality gates: what ``--require`` holds a result to."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +20,18 @@ class Gate:
     value: float
 
     @staticmethod
-    def parse(text: str) -> "Gate":
-        """Raises ConfigError for anything but a known metric, a comparison and a number (a fraction, or percent)."""
-        match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*([0-9.]+)(%?)\s*", text)
+    def parse(text: str, metrics: Sequence[str] = METRICS, examples: str = "'few>=0.30' or 'top1>=45%'") -> "Gate":
+        """Raises ConfigError for anything but one of ``metrics``, a comparison and a number (a fraction, or percent)."""
+        match = re.fullmatch(r"\s*([\w.]+)\s*(>=|<=|>|<)\s*([0-9.]+)(%?)\s*", text)
         try:
             metric, op, number, percent = match.groups()
             value = float(number) / (100 if percent else 1)
         except (AttributeError, ValueError):
-            raise ConfigError(f"--require {text!r}: write it as 'few>=0.30' or 'top1>=45%'") from None
-        if metric not in METRICS:
+            raise ConfigError(f"--require {text!r}: write it as {examples}") from None
+        if metric not in metrics:
             from ..config import suggest
 
-            raise ConfigError(f"--require {text!r}: no metric '{metric}'; {suggest(metric, METRICS)}")
+            raise ConfigError(f"--require {text!r}: no metric '{metric}'; {suggest(metric, metrics)}")
         if not 0 <= value <= 1:
             raise ConfigError(f"--require {text!r}: values are fractions from 0 to 1 (or write {value:g}%)")
         return Gate(metric, op, value)
