@@ -12,13 +12,13 @@ from .console import make_reporter, print_result
 Params = dict[str, Any]
 
 
-def resolve_params(stage: str, params: Params, kind: str | None = None):
-    """Default < preset < file < flag. ``kind``: of data, for stages with presets."""
-    from .. import presets
+def resolve_params(stage: str, params: Params, kind: str | None = None, recipes=None):
+    """Default < preset < file < flag. ``kind``: of data, for stages with presets; ``recipes``: where those stand, a module."""
+    from .. import presets as presets_of_classification
     from ..config import STAGES, parse_set, read_file, resolve
     from ..engine.run_dir import CONFIG
 
-    fields = STAGES[stage].model_fields
+    presets, fields = recipes or presets_of_classification, STAGES[stage].model_fields
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in params.items() if k in fields and v is not None}
     path, sets = params.get("config"), parse_set(params.get("sets") or [])
     if path is not None and path.is_dir():
@@ -79,8 +79,8 @@ def _train(stage: str, params: Params, world) -> None:
     reporter = make_reporter(params["quiet"])
     if params.get("profile"):
         _check_profile(params, world)
-    if restarted := _restarted(params):
-        params = restarted
+    if again := restarted(params):
+        params = again
     if params["resume"] is not None:
         return _resume(stage, params, reporter, world)
     from .. import presets
@@ -108,7 +108,7 @@ def _train(stage: str, params: Params, world) -> None:
         return _profile(resolved, manifest, run_label(resolved, manifest), reporter, params)
     folder = new_run(stage, run_label(resolved, manifest), workspace=params["workspace"], out=params["out"],
                      overwrite=params["overwrite"])  # fmt: skip
-    folder = _agreed(folder, world)
+    folder = agreed(folder, world)
     reporter.note(f"preset {resolved.preset}; {sum(s != 'default' for s in resolved.sources.values())} values set by preset, "
                   f"file or flag; all of them: --print-config, or {folder.path}/config.toml")  # fmt: skip
     if parent is not None and folder.path.resolve() == parent.parent.resolve():
@@ -140,7 +140,7 @@ def _profile(resolved, manifest, label: str, reporter, params: Params) -> None:
                   "device": runtime.describe()} if params["json"] else str(trace))  # fmt: skip
 
 
-def _restarted(params: Params) -> Params | None:
+def restarted(params: Params) -> Params | None:
     """After torchrun's own restart (``--max-restarts``) the same command goes on with the run in its ``--out``."""
     from ..engine.run_dir import CONFIG
 
@@ -151,7 +151,7 @@ def _restarted(params: Params) -> Params | None:
     return {k: v if k in kept else None for k, v in params.items()} | {"resume": params["out"]}
 
 
-def _agreed(folder, world):
+def agreed(folder, world):
     """Of several processes, all use the folder that process 0 chose, and that one writes in it."""
     from ..engine.run_dir import RunDir
 
@@ -159,35 +159,48 @@ def _agreed(folder, world):
 
 
 def _resume(stage: str, params: Params, reporter, world) -> None:
-    """Everything comes from the run's own folder, so any other training option is refused; the number of decoder threads
-    and event files change nothing of what is trained."""
-    from ..config import STAGES
     from ..data.manifest import Manifest
-    from ..engine.run_dir import check_unchanged, open_run
+    from ..engine.run_dir import check_unchanged
+
+    folder, resolved, record = reopen(stage, params, world)
+    if folder.complete(stage):
+        return told_complete(folder, reporter)
+    manifest = Manifest.load(record["manifest"])
+    parent = Path(record["parent"]) if "parent" in record else None
+    check_unchanged(folder, record, manifest, parent)
+    return _run(stage, resolved, manifest, parent, folder, reporter, params, world, resume=True)
+
+
+def reopen(stage: str, params: Params, world):
+    """``--resume``: the run's folder, its configuration and the record of what it began with.
+
+    Everything comes from the run's own folder, so any other training option is refused; the number of decoder threads and
+    event files change nothing of what is trained.
+    """
+    from ..config import STAGES
+    from ..engine.run_dir import open_run
     from ..errors import ConfigError
 
     free = ("workers", "tensorboard")
-    names = (*(k for k in STAGES[stage].model_fields if k not in free), "config", "preset", "out", "data", "run")
+    names = (*(k for k in STAGES[stage].model_fields if k not in free), "config", "preset", "out", "data", "run", "source")
     given = [k for k in names if params.get(k) is not None]
     given += [k for k in ("sets", "overwrite", "dry_run", "print_config") if params.get(k)]
     if given:
-        names = ", ".join("--" + k.replace("_", "-").replace("sets", "set") for k in given)
+        names = ", ".join("--" + k.replace("_", "-").replace("sets", "set").replace("source", "from") for k in given)
         raise ConfigError(
             f"--resume goes on with the run as it was configured and takes no other training option (given: {names})"
         )
     folder, resolved, record = open_run(params["resume"], stage)
-    folder = _agreed(folder, world)
-    if folder.complete(stage):
-        reporter.note(f"{folder.path} is complete: nothing to resume")
-        return print_result(str(folder.path))
-    manifest = Manifest.load(record["manifest"])
-    parent = Path(record["parent"]) if "parent" in record else None
-    check_unchanged(folder, record, manifest, parent)
     update = {"device": record["device"], "precision": record["precision"]}
     update |= {k: params[k] for k in free if params.get(k) is not None}
     config = resolved.config.model_copy(update=update)
-    resolved = type(resolved)(stage, config, resolved.sources, resolved.preset)
-    return _run(stage, resolved, manifest, parent, folder, reporter, params, world, resume=True)
+    return agreed(folder, world), type(resolved)(stage, config, resolved.sources, resolved.preset), record
+
+
+def told_complete(folder, reporter) -> None:
+    """A run that has nothing left to do is its own result."""
+    reporter.note(f"{folder.path} is complete: nothing to resume")
+    print_result(str(folder.path))
 
 
 def _run(stage: str, resolved, manifest, parent, folder, reporter, params: Params, world, *, resume: bool) -> None:

@@ -88,6 +88,9 @@ class DetectFinetuneConfig(DetectSGDConfig):
     steps: int = Field(22_000, ge=1, description="optimizer steps")
     lr: float = Field(0.02, gt=0, description="peak learning rate")
     lr_drops: list[int] = Field([11_000, 18_000], description="steps from which the learning rate is a tenth of before")
+    sampler: Literal["repeat", "class"] = Field(
+        "repeat", description="images of a step: by repeat factors, or class-balanced (by max 1/f_c of an image's categories)"
+    )
     meta_reweigher: bool = Field(False, description="learn category weights by meta-learning (BALMS)")
     weight_norm: Literal["mean", "none"] = Field("mean", description="weights of mean 1 over the foreground, or raw")
     meta_lr: float = Field(0.001, gt=0, description="Adam's learning rate on the category weights")

@@ -103,7 +103,8 @@ def resolve(
             values[key], sources[key] = value, name
             if preset_sources and name == f"preset {preset[0]}" and key in preset_sources:
                 sources[key] += f": {preset_sources[key]}"
-            if other := _EXCLUSIVE.get(key) if value is not None else None:
+            other = _EXCLUSIVE.get(key) if value is not None else None
+            if other in model.model_fields:
                 values[other], sources[other] = None, name
     if unknown:
         raise ConfigError("; ".join(unknown))

@@ -1,12 +1,13 @@
 """The learning rate as a pure function of the step, and a step that never spoils the weights."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TrainConfig
+from ..config import DetectSGDConfig, TrainConfig
 from ..errors import DivergedError
 
 
@@ -21,7 +22,18 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup_steps: int = 0, 
     return 0.5 * peak * (1 + math.cos(math.pi * progress))
 
 
-def make_sgd(module: nn.Module, config: TrainConfig, undecayed: Sequence[nn.Parameter] = ()) -> torch.optim.SGD:
+def step_drops(step: int, *, peak: float, drops: Sequence[int], warmup_steps: int = 0, warmup_factor: float = 0.0) -> float:
+    """Linear from ``warmup_factor * peak`` at step 0 to ``peak`` at ``warmup_steps``; from each step in ``drops`` (rising) on a
+    tenth of before, also within the warm-up.
+
+    The schedule of Detectron (Goyal et al. 2017); ``step`` counts from 0.
+    """
+    ramp = 1.0 if step >= warmup_steps else warmup_factor + (1 - warmup_factor) * step / warmup_steps
+    return peak * ramp / 10 ** bisect_right(drops, step)
+
+
+def make_sgd(module: nn.Module, config: TrainConfig | DetectSGDConfig, undecayed: Sequence[nn.Parameter] = ()
+             ) -> torch.optim.SGD:  # fmt: skip
     """SGD with momentum over every parameter that asks for a gradient (fused: one kernel for all of them).
 
     ``undecayed``: those of them that weight decay leaves alone.

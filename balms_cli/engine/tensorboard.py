@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import DetectSGDConfig, TrainConfig
 from ..data.aside import write_error
 from ..errors import ConfigError
 from .run_dir import EVENTS, METRICS, RunDir
@@ -20,7 +20,7 @@ from .run_dir import EVENTS, METRICS, RunDir
 _TEXT_CLASSES = 200  # a text with thousands of rows is no longer read, and slows the page
 
 
-def require_tensorboard(config: TrainConfig) -> None:
+def require_tensorboard(config: TrainConfig | DetectSGDConfig) -> None:
     """Told before anything is computed. Raises ConfigError (exit 2) where event files are asked for and cannot be written."""
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ConfigError("--tensorboard needs a package that is not installed: pip install 'balms[tensorboard]'")
@@ -73,7 +73,7 @@ class EventFiles(Events):
 
 
 @contextmanager
-def event_files(config: TrainConfig, run: RunDir) -> Iterator[Events]:
+def event_files(config: TrainConfig | DetectSGDConfig, run: RunDir) -> Iterator[Events]:
     """While the block runs, the records of ``run`` go to TensorBoard too, where ``config`` asks for it. One process writes.
 
     Raises ConfigError or DataError where the files cannot be written.
