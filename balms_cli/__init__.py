@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _LOSSES = (
     "SoftmaxLoss", "BalancedSoftmaxLoss", "BalancedSigmoidLoss", "LogitAdjustedLoss", "SigmoidLoss", "FocalLoss",
     "CostSensitiveLoss", "ClassBalancedLoss", "LDAMLoss", "DeferredReweighting", "EqualizationLoss", "ReweightedLoss",
-    "class_counts",
+    "SigmoidFocalLoss", "SigmoidEqualizationLoss", "class_counts",
 )  # fmt: skip
 _PUBLIC = dict.fromkeys(_LOSSES, "losses") | {
     "MetaSampler": "meta.sampler", "MetaReweigher": "meta.reweigher", "influence": "meta.influence",

@@ -51,7 +51,7 @@ class ErrorBoundary(TyperGroup):
 
 def _bug(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":
-        return "out of device memory; give a smaller --batch-size or --image-size"
+        return "out of device memory; give a smaller --batch-size or --image-size (detect train: --set accumulate=2)"
     return f"{type(error).__name__}: {error} (a bug of balms; --debug shows where)"
 
 

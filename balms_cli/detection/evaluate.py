@@ -25,7 +25,7 @@ from ..reporter import Reporter
 from .annotations import Annotations, find_annotations, find_images, load_annotations
 from .dataset import DetectImages, Example
 from .header import DetectHeader, read_detect_header
-from .model import detect, load_detector, paste_rle
+from .model import detect, load_detector, paste_rle, set_detections
 from .per_category import category_rows
 from .results import Results, read_results, rounded
 from .scoring import GROUPS, METRICS, GroundTruth, load_ground_truth, official_cost, score
@@ -226,14 +226,7 @@ class _Detector:
         self.annotations: Annotations = load_annotations(truth.path, masks=False, every_image=True)
         images = config.images if config.images is not None else find_images(truth.path, None)
         self.images = DetectImages(self.annotations, images, masks=False, workers=config.workers)
-        model, _ = load_detector(file)
-        if bad := next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), None):
-            # The heads take no number that is none for a detection, so that all would be zero without a word.
-            raise CheckpointError(f"{file}: '{bad}' holds what is not a finite number; its weights are damaged, repeat the run")
-        heads = model.roi_heads
-        heads.score_thresh, heads.nms_thresh = config.score_threshold, config.nms
-        heads.detections_per_img, heads.pre_nms = config.detections, config.pre_nms
-        self.model = model.to(runtime.device).eval()
+        self.model = set_detections(load_detector(file)[0], config).to(runtime.device)
 
     def _tell_of_categories(self) -> None:
         own, name = {c.name for c in self.header.categories}, printable(self.truth.path.name)

@@ -26,6 +26,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
+from ..config import DetectEvaluateConfig, DetectPredictConfig
 from ..data.aside import replace_file
 from ..errors import CheckpointError, ConfigError, one_line
 from ..losses import SigmoidLoss, SoftmaxLoss
@@ -198,6 +199,14 @@ def paste_rle(masks_28: Tensor, boxes: Tensor, height: int, width: int) -> list[
     return rles
 
 
+def set_detections(model: nn.Module, config: DetectEvaluateConfig | DetectPredictConfig) -> nn.Module:
+    """``model`` with the thresholds and limits of ``config`` for its detections."""
+    heads = model.roi_heads
+    heads.score_thresh, heads.nms_thresh = config.score_threshold, config.nms
+    heads.detections_per_img, heads.pre_nms = config.detections, config.pre_nms
+    return model
+
+
 # Checkpoints
 
 
@@ -234,6 +243,9 @@ def load_detector(path: Path) -> tuple[nn.Module, DetectHeader]:
         own = model.state_dict()
         if odd := next((k for k, t in tensors.items() if t.dtype != own[k].dtype), None):
             raise ValueError(f"'{odd}' is {tensors[odd].dtype}")
+        # With such a number in it the heads drop every detection, and all would be nothing without a word.
+        if odd := next((k for k, t in tensors.items() if not t.isfinite().all()), None):
+            raise ValueError(f"numbers of '{odd}' are not finite")
         model.load_state_dict(tensors, strict=False)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: {one_line(error)}") from None

@@ -27,12 +27,12 @@ from ..data.folders import is_inside
 from ..data.unlabelled import Found, find_images
 from ..engine.run_dir import check_place
 from ..engine.runtime import Runtime, setup
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..reporter import Reporter
 from .dataset import read_pixels
 from .draw import Detection, draw
 from .header import DetectHeader, detector_file
-from .model import detect, load_detector, paste_rle
+from .model import detect, load_detector, paste_rle, set_detections
 
 LINES = "predictions.jsonl"  # in the folder of the pictures: what --json prints
 _AHEAD = 2  # photos that are read while one is worked on
@@ -118,19 +118,11 @@ class DetectPredictor:
 
 
 def load(run: str | Path, config: DetectPredictConfig | None = None) -> DetectPredictor:
-    """The detector of a run's folder or ``model.safetensors``. Raises: CheckpointError (exit 4), ConfigError (device).
-
-    Weights that are no numbers are refused: with them nothing would be found, without a word.
-    """
+    """The detector of a run's folder or ``model.safetensors``. Raises: CheckpointError (exit 4), ConfigError (device)."""
     config = config or DetectPredictConfig()
     runtime = setup(config.device, config.precision)
-    model, header = load_detector(file := detector_file(Path(run)))
-    if odd := next((name for name, t in model.state_dict().items() if not t.isfinite().all()), None):
-        raise CheckpointError(f"{file}: its weights '{odd}' are not finite numbers; they are damaged, repeat the run")
-    heads = model.roi_heads
-    heads.score_thresh, heads.nms_thresh = config.score_threshold, config.nms
-    heads.detections_per_img, heads.pre_nms = config.detections, config.pre_nms
-    return DetectPredictor(header, model.to(runtime.device).eval(), runtime)
+    model, header = load_detector(detector_file(Path(run)))
+    return DetectPredictor(header, set_detections(model, config).to(runtime.device), runtime)
 
 
 def describe(predictor: DetectPredictor, name: str, reporter: Reporter) -> None:
