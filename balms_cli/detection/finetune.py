@@ -30,7 +30,7 @@ from ..engine.distributed import ALONE, World
 from ..engine.header import sha256_of
 from ..engine.loop import Job, train
 from ..engine.optim import Guard, make_sgd
-from ..engine.run_dir import MODEL, REPORT, RunDir, clear_run
+from ..engine.run_dir import RunDir, clear_run
 from ..engine.runtime import setup, versions
 from ..engine.tensorboard import event_files, require_tensorboard
 from ..errors import CheckpointError, ConfigError, Interrupted
@@ -43,11 +43,11 @@ from .cache import RegionCache, Regions
 from .dataset import DetectImages
 from .header import DetectHeader, read_detect_header
 from .losses import region_loss
-from .model import cls_score, load_detector, save_detector
+from .model import cls_score, load_detector
 from .regions import Draw, Frozen, Reader, cached_regions, make_cache, online_regions, region_cache
 from .reweigh import region_weights, theta_gradient
 from .sampling import class_balanced_images, draw_batches, repeat_factors
-from .steps import DetectResult, peak_memory_gb, provenance, schedule, shares
+from .steps import DetectResult, complete, peak_memory_gb, provenance, schedule, shares
 
 STAGE = "detect-finetune"
 # Streams of random numbers, one a purpose: (seed, stream, step, share) names every draw.
@@ -93,7 +93,7 @@ def run(resolved: Resolved[DetectFinetuneConfig], parent_file: Path, annotations
         report["cache"] = str(cache.folder)
     if learnt.reweigher is not None:
         show_weights(learnt.reweigher, frozen.annotations, reporter)
-    return finish(folder, config, frozen, images, learnt, report)
+    return finish(folder, resolved, frozen, images, learnt, report)
 
 
 def show_plan(resolved: Resolved[DetectFinetuneConfig], parent_file: Path, annotations: Annotations, images: Path,
@@ -336,10 +336,10 @@ def show_weights(reweigher: MetaReweigher, annotations: Annotations, reporter: R
     reporter.bars("category weights, most images first", labels, weights, [f"{w:.3f}" for w in weights])
 
 
-def finish(folder: RunDir, config: DetectFinetuneConfig, frozen: Frozen, images: Path, learnt: Learnt, report: dict[str, Any]
-           ) -> DetectResult:  # fmt: skip
+def finish(folder: RunDir, resolved: Resolved[DetectFinetuneConfig], frozen: Frozen, images: Path, learnt: Learnt,
+           report: dict[str, Any]) -> DetectResult:  # fmt: skip
     """Put the tuned rows into the detector; write the report, and last of all the model: the run is then complete."""
-    model, annotations, reweigher = frozen.model.cpu(), frozen.annotations, learnt.reweigher
+    config, model, annotations, reweigher = resolved.config, frozen.model.cpu(), frozen.annotations, learnt.reweigher
     linear = learnt.head.fold() if isinstance(learnt.head, LWSHead) else learnt.head
     own = cls_score(model)
     with torch.no_grad():
@@ -361,7 +361,5 @@ def finish(folder: RunDir, config: DetectFinetuneConfig, frozen: Frozen, images:
                    **rates_report(reweigher, annotations)}  # fmt: skip
     runtime = frozen.runtime
     report |= {"peak_memory_gb": peak_memory_gb(runtime.device), "device": runtime.describe(), "versions": versions()}
-    folder.write_json(REPORT, report)
-    if folder.writes:
-        save_detector(folder / MODEL, model, header)
+    complete(folder, model, header, report, resolved)
     return DetectResult(folder.path, report)

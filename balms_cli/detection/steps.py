@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import DetectSGDConfig, DetectTrainConfig, Resolved
+from ..data.aside import replace_file
 from ..data.samplers import mix
 from ..engine.distributed import World
 from ..engine.optim import step_drops
+from ..engine.run_dir import CARD, MODEL, REPORT, RunDir
 from ..engine.runtime import Runtime, versions
 from ..errors import ConfigError
 from .annotations import Annotations
+from .card import detector_card
+from .header import DetectHeader
+from .model import save_detector
 
 Sample = tuple[Tensor, dict[str, Any]]  # pixels uint8 [3, H, W], and the target: boxes, labels, masks, as dataset.py reads them
 
@@ -143,3 +148,12 @@ class LossParts:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sum_P.copy_(state["sum"])
         self.count = int(state["count"])
+
+
+def complete(folder: RunDir, model: nn.Module, header: DetectHeader, report: dict[str, Any], resolved: Resolved) -> None:
+    """Report, card, and last of all the model: its presence means that the run is complete. One process writes."""
+    folder.write_json(REPORT, report)
+    if folder.writes:
+        command = shlex.join(["balms", *sys.argv[1:]])
+        replace_file(folder / CARD, detector_card(header, report, resolved.sources, command))
+        save_detector(folder / MODEL, model.cpu(), header)

@@ -18,7 +18,7 @@ from ..data.samplers import mix
 from ..engine.distributed import ALONE, World
 from ..engine.loop import Job, train
 from ..engine.optim import Guard, make_sgd
-from ..engine.run_dir import MODEL, REPORT, RunDir, clear_run
+from ..engine.run_dir import RunDir, clear_run
 from ..engine.runtime import Runtime, setup, versions
 from ..engine.tensorboard import event_files, require_tensorboard
 from ..reporter import Reporter
@@ -27,9 +27,9 @@ from .backbones import build_backbone_fpn
 from .dataset import DetectImages, Reader
 from .header import FORMAT, Architecture, DetectHeader
 from .losses import region_loss
-from .model import build_detector, save_detector
+from .model import build_detector
 from .sampling import draw_batches, repeat_factors
-from .steps import DetectResult, LossParts, on_device, peak_memory_gb, provenance, schedule, seed_share, shares
+from .steps import DetectResult, LossParts, complete, on_device, peak_memory_gb, provenance, schedule, seed_share, shares
 
 STAGE = "detect-train"
 _INITIAL, _VIEWS = 6, 40  # streams of random numbers
@@ -72,9 +72,7 @@ def run(resolved: Resolved[DetectTrainConfig], annotations: Annotations, images:
         "final_loss": folder.final_loss(), "peak_memory_gb": peak_memory_gb(runtime.device), "device": runtime.describe(),
         "versions": versions(),
     }  # fmt: skip
-    folder.write_json(REPORT, report)
-    if folder.writes:
-        save_detector(folder / MODEL, begun.model.cpu(), header)  # last of all: its presence means that the run is complete
+    complete(folder, begun.model, header, report, resolved)
     return DetectResult(folder.path, report)
 
 

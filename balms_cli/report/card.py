@@ -143,25 +143,26 @@ def _data(header: Header, manifest: Manifest) -> str:
     shown = order if len(order) <= _SHOWN else [*order[:half], None, *order[-half:]]
     by_class = [("...", "", "") if c is None else (markdown(header.classes[c]), f"{counts[c]:,}", str(groups_C[c]))
                 for c in shown]  # fmt: skip
-    return "\n\n".join(["## Data", _table(("data", ""), rows), _table(("classes", "how many", "training images"), by_group),
-                        _table(("class", "training images", "group"), by_class)])  # fmt: skip
+    return "\n\n".join(["## Data", table_of(("data", ""), rows), table_of(("classes", "how many", "training images"), by_group),
+                        table_of(("class", "training images", "group"), by_class)])  # fmt: skip
 
 
 def _training(header: Header, report: dict[str, Any], recipe: dict[str, dict[str, Any]], made: dict[str, Any]) -> str:
     known = {"steps": "steps", "seconds": "seconds", "images_per_second": "images a second", "final_loss": "loss at the end",
              "tau_norm": "tau", "tau_chosen_on": "tau chosen on", "rates_variance": "variance of the learned rates",
              "device": "device"}  # fmt: skip
-    facts = [(words, _value(report[key])) for key, words in known.items() if report.get(key) is not None]
+    facts = [(words, value_text(report[key])) for key, words in known.items() if report.get(key) is not None]
     versions = ", ".join(f"{name} {version}" for name, version in report.get("versions", {}).items())
-    facts += [("seed", _value(report.get("seed"))), ("preset", _value(made.get("preset"))), ("versions", markdown(versions))]
+    facts += [("seed", value_text(report.get("seed"))), ("preset", value_text(made.get("preset"))),
+              ("versions", markdown(versions))]  # fmt: skip
     if header.parent_sha256:
         facts.append(("started from sha256", f"`{header.parent_sha256}`"))
-    chosen = [(f"`{key}`", _value(entry["value"]), markdown(entry["source"] or "unknown")) for key, entry in recipe.items()
+    chosen = [(f"`{key}`", value_text(entry["value"]), markdown(entry["source"] or "unknown")) for key, entry in recipe.items()
               if entry["source"] != "default"]  # fmt: skip
-    parts = ["## Training", _table(("training", ""), facts)]
+    parts = ["## Training", table_of(("training", ""), facts)]
     if chosen:
         parts += ["Values that a preset, a file or an option set (config.toml has all of them):",
-                  _table(("value", "", "set by"), chosen)]  # fmt: skip
+                  table_of(("value", "", "set by"), chosen)]  # fmt: skip
     if made.get("command"):
         parts += ["The command, in its own words:", fenced(str(made["command"]), "sh")]
     return "\n\n".join(parts)
@@ -191,10 +192,10 @@ def _limits(header: Header, manifest: Manifest, parent: Header | None) -> str:
               f"{manifest.image_size[0]} x {manifest.image_size[1]} px."]  # fmt: skip
     if few:
         points.append(f"{len(few):,} of {len(counts):,} classes were learned from fewer than {FEW_BELOW} images: "
-                      f"{_names([f'{header.classes[c]} ({counts[c]})' for c in few])}. What else such a class can look like, "
+                      f"{names_of([f'{header.classes[c]} ({counts[c]})' for c in few])}. What else such a class can look like, "
                       "it has not seen.")  # fmt: skip
     if manifest.untested:
-        points.append(f"No test images, so that nothing can be said of them: {_names(manifest.untested)}.")
+        points.append(f"No test images, so that nothing can be said of them: {names_of(manifest.untested)}.")
     start = (parent or header).recipe.get("weights")
     if start is not None:
         points.append(f"The backbone began with weights from elsewhere ({markdown(str(start))}): what they were trained on is "
@@ -215,21 +216,21 @@ def _rest(header: Header, parent: Header | None, trained: bool) -> str:
     return "\n\n".join(["## Test figures", evaluated, "## Licence", licence, *(["## Reference", paper] if paper else [])])
 
 
-def _names(names: list[str]) -> str:
+def names_of(names: list[str]) -> str:
     shown = ", ".join(markdown(name) for name in names[:_NAMED])
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED:,} more"
 
 
-def _value(value: Any) -> str:
+def value_text(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(_value(item) for item in value) or "none"
+        return ", ".join(value_text(item) for item in value) or "none"
     return f"{value:,}" if isinstance(value, int) else markdown(str(value))
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table_of(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---", *("--:" if len(head) == 3 and i == 1 else "---" for i in range(1, len(head)))), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

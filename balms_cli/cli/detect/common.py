@@ -45,13 +45,15 @@ def reopen_run(stage: str, params: Params, reporter, world):
     """``--resume``: (folder, configuration, annotations, images, parent file or None) of the run; None where it is complete,
     which is told. Raises CheckpointError (exit 4) where it no longer has what it began with."""
     from ...detection.annotations import load_annotations
+    from ...detection.header import read_detect_header
     from ...engine.run_dir import check_unchanged
 
     folder, resolved, record = reopen(stage, params, world)
     if folder.complete(stage):
         return told_complete(folder, reporter)
-    annotations = load_annotations(Path(record["manifest"]), masks=getattr(resolved.config, "masks", False))
     parent = Path(record["parent"]) if "parent" in record else None
+    masks = resolved.config.masks if parent is None else read_detect_header(parent).architecture.masks
+    annotations = load_annotations(Path(record["manifest"]), masks=masks)
     check_unchanged(folder, record, annotations, parent)
     return folder, resolved, annotations, Path(record["images"]), parent
 

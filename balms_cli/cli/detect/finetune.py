@@ -8,7 +8,7 @@ from typer import Argument, Context, Option
 from ...config import DETECT_LOSSES
 from .. import options as o
 from ..console import make_reporter, print_result
-from ..execute import Params, in_world, reopen, restarted, told_complete
+from ..execute import Params, in_world, restarted
 from . import common as c
 
 STAGE = "detect-finetune"
@@ -70,7 +70,11 @@ def _finetune(params: Params, world) -> None:
     reporter = make_reporter(params["quiet"])
     params = restarted(params) or params
     if params["resume"] is not None:
-        return _resume(params, reporter, world)
+        found = c.reopen_run(STAGE, params, reporter, world)
+        if found is None:
+            return None
+        folder, resolved, annotations, images, parent_file = found
+        return _run(folder, resolved, parent_file, annotations, images, reporter, params, world, resume=True)
     parent_file = _parent(params, reporter)
     parent = read_detect_header(parent_file)
     resolved = _resolved(params, parent)
@@ -145,21 +149,6 @@ def _resolved(params: Params, parent):
     from ..execute import resolve_params
 
     return resolve_params(STAGE, params | {"annotations": params["data"]}, "any", _Recipes(parent))
-
-
-def _resume(params: Params, reporter, world) -> None:
-    from ...detection.annotations import load_annotations
-    from ...detection.header import read_detect_header
-    from ...engine.run_dir import check_unchanged
-
-    folder, resolved, record = reopen(STAGE, params, world)
-    if folder.complete(STAGE):
-        return told_complete(folder, reporter)
-    parent_file = Path(record["parent"])
-    masks = read_detect_header(parent_file).architecture.masks
-    annotations = load_annotations(Path(record["manifest"]), masks=masks)
-    check_unchanged(folder, record, annotations, parent_file)
-    return _run(folder, resolved, parent_file, annotations, Path(record["images"]), reporter, params, world, resume=True)
 
 
 def _run(folder, resolved, parent_file: Path, annotations, images: Path, reporter, params: Params, world, *, resume: bool
