@@ -85,7 +85,8 @@ class TestWeights:
         expected = {n for n, p in stock.named_parameters() if p.requires_grad}
         assert {n for n, p in ours.named_parameters() if p.requires_grad} == expected
 
-    @pytest.mark.parametrize("name", ["mobilenet_v3_large", "timm:resnet10t", "timm:tf_efficientnet_lite0"])
+    @pytest.mark.parametrize("name", ["mobilenet_v3_large", *(
+        pytest.param(name, marks=pytest.mark.slow) for name in ("timm:resnet10t", "timm:tf_efficientnet_lite0"))])  # fmt: skip
     def test_fewer_stages_trained_are_a_part_of_more(self, name):
         trained = [{n for n, p in build(name, trainable_layers=k)[0].body.named_parameters() if p.requires_grad}
                    for k in range(6)]  # fmt: skip

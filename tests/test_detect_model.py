@@ -340,8 +340,9 @@ class TestLowPrecision:
 
 
 class TestCheckpoint:
-    @pytest.mark.parametrize("over", [{}, {"family": "sigmoid"}, {"masks": False, "class_agnostic": True}, {"norm": "frozen"},
-                                      {"backbone": "mobilenet_v3_small"}, {"backbone": "regnet_y_400mf"}])  # fmt: skip
+    @pytest.mark.parametrize("over", [{"family": "sigmoid"}, {"masks": False, "class_agnostic": True}, *(
+        pytest.param(over, marks=pytest.mark.slow) for over in (
+            {}, {"norm": "frozen"}, {"backbone": "mobilenet_v3_small"}, {"backbone": "regnet_y_400mf"}))])  # fmt: skip
     def test_comes_back(self, tmp_path, over):
         path, model, header = tmp_path / "model.safetensors", tiny_detector(3, **over), tiny_header(3, **over)
         images, targets = tiny_targets(2, 3)

@@ -167,6 +167,16 @@ def test_the_log_has_each_part_of_the_loss_and_they_add_up(trained):
     assert [r["step"] for r in records(trained)] == [1, 2, 3, 4, 5]
 
 
+def test_its_card_names_every_category_and_who_set_what(trained, lvis):
+    card = (trained / "MODEL_CARD.md").read_text()
+    document = json.loads((lvis / "lvis_train.json").read_text())
+    for category in document["categories"]:
+        images = {a["image_id"] for a in document["annotations"] if a["category_id"] == category["id"]}
+        assert f"| {len(images)} |" in next(line for line in card.splitlines() if line.startswith(f"| {category['name']} |"))
+    assert "| `backbone` | mobilenet\\_v3\\_small | flag |" in card and str(lvis) not in card.split("The command")[0]
+    assert "Mask R-CNN on a feature pyramid over mobilenet" in card and "Ren et al." not in card
+
+
 def test_the_config_says_what_it_was_applied_to(trained, lvis):
     document = tomllib.loads((trained / "config.toml").read_text())
     assert document["preset"] == "quick" and document["detect-train"]["annotations"] == str(lvis / "lvis_train.json")
