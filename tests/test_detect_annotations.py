@@ -256,13 +256,13 @@ def test_run_length_masks_are_read_like_pycocotools_and_hostile_ones_never_reach
 
 NOTHING = "{file}: no image has a usable annotation"
 REFUSED = {
-    "no file": (None, "no annotations: {file} does not exist"),
+    "no file": (None, "{file} does not exist"),
     "not text": (b"\xff\xfe\x00", "{file} is not a text file in UTF-8"),
     "not JSON": (b'{"images": [', "{file} is not valid JSON: Expecting value: line 1 column 13 (char 12)"),
     "empty": (b"", "{file} is not valid JSON: Expecting value: line 1 column 1 (char 0)"),
-    "deep": (b"[" * 100_000, "{file} is not valid JSON of annotations: it is nested too deeply"),
+    "deep": (b"[" * 100_000, "{file} is not valid JSON: it is nested too deeply"),
     "long number": (b'{"images": [' + b"9" * 5000 + b"]}",
-                    "{file} is not valid JSON of annotations: it holds a number of thousands of digits"),
+                    "{file} is not valid JSON: it holds a number of thousands of digits"),
     "a list": ([], "{file} is not an object with images, annotations and categories, as LVIS and COCO have it"),
     "a detection": (annotation(1), "{file} is not an object with images, annotations and categories, as LVIS and COCO have it"),
     "no images": ({"annotations": [], "categories": []}, "{file} has no list of images: it is not in LVIS or COCO format"),

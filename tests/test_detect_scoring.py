@@ -249,7 +249,7 @@ def test_a_file_that_is_no_json_of_results(drawn, tmp_path, text, said):
 
 def test_a_file_larger_than_memory_is_refused_unread(drawn, tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text("[]" + " " * 1000)
-    monkeypatch.setattr("balms_cli.detection.results.available_memory", lambda: 1000)
+    monkeypatch.setattr("balms_cli.detection.lvis_json.available_memory", lambda: 1000)
     with pytest.raises(DataError, match="memory"):
         read_results(tmp_path / "results.json", {}, {})
 

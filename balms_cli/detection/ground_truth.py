@@ -12,9 +12,8 @@ from typing import Any
 
 from ..data.aside import printable
 from ..errors import DataError
-from .lvis_json import MAX_SIDE
+from .lvis_json import MAX_SIDE, read_json
 from .outlines import clip_polygon, compressed
-from .results import read_json
 
 GROUPS = ("r", "c", "f")
 _RARE, _COMMON = 10, 100  # images of a category at most
@@ -70,7 +69,7 @@ def load_ground_truth(path: str | Path, frequencies: dict[int, str] | None = Non
     id -> r, c or f), else by the number of its own images. Raises: DataError (exit 3).
     """
     path = Path(path)
-    document = read_json(path)
+    document, _ = read_json(path)
     if not isinstance(document, dict):
         raise DataError(f"{path} is not an object with images, annotations and categories, as LVIS and COCO have it")
     for key in ("images", "annotations", "categories"):

@@ -8,10 +8,12 @@ import hashlib
 import json
 import re
 from array import array
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from ..data.aside import printable
+from ..data.images import available_memory
 from ..errors import DataError
 from .outlines import Packed
 
@@ -31,18 +33,23 @@ class Entry(NamedTuple):
     segmentation: Packed | Literal[False]
 
 
-def parse(path: Path) -> tuple[dict[str, Any], str]:
-    """The JSON object with its three lists, annotations packed, and the file's sha256."""
+def read_json(path: Path, hook: Callable[[dict[str, Any]], Any] | None = None, per_byte: float = 0.0) -> tuple[Any, str]:
+    """A stranger's JSON file, ``hook`` called with each object, and its sha256. ``per_byte``: bytes of memory that one of the
+    file takes, where this is to be looked at first. Raises: DataError (exit 3), one line."""
     try:
+        needed, free = path.stat().st_size * per_byte, available_memory()
+        if free is not None and needed > free:
+            raise DataError(f"{path} takes about {needed / 2**30:.1f} GiB of memory, where {free / 2**30:.1f} GiB are free: "
+                            "a smaller file is needed (of results: fewer detections an image, with higher scores)")
         raw = path.read_bytes()
         sha256 = hashlib.sha256(raw).hexdigest()
         text = raw.decode("utf-8-sig")
         del raw
-        document = json.loads(text, object_hook=_hook)
+        return json.loads(text, object_hook=hook), sha256
     except FileNotFoundError:
-        raise DataError(f"no annotations: {path} does not exist") from None
+        raise DataError(f"{path} does not exist") from None
     except IsADirectoryError:
-        raise DataError(f"{path} is a folder: give the JSON file with the annotations") from None
+        raise DataError(f"{path} is a folder: give the JSON file itself") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     except MemoryError:
@@ -53,7 +60,12 @@ def parse(path: Path) -> tuple[dict[str, Any], str]:
         raise DataError(f"{path} is not valid JSON: {error}") from None
     except (ValueError, RecursionError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else "it holds a number of thousands of digits"
-        raise DataError(f"{path} is not valid JSON of annotations: {what}") from None
+        raise DataError(f"{path} is not valid JSON: {what}") from None
+
+
+def parse(path: Path) -> tuple[dict[str, Any], str]:
+    """The JSON object with its three lists, annotations packed, and the file's sha256."""
+    document, sha256 = read_json(path, _hook)
     if not isinstance(document, dict):
         raise DataError(f"{path} is not an object with images, annotations and categories, as LVIS and COCO have it")
     for key in ("images", "annotations", "categories"):

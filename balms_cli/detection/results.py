@@ -6,7 +6,7 @@ pixels; masks are the ``counts`` of compressed run lengths (RLE) of the image's 
 
 import json
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..data.aside import printable, replace_file
-from ..data.images import available_memory
 from ..errors import DataError
+from .lvis_json import read_json
 from .outlines import compressed
 
 MOST = 300  # detections an image that LVIS scores
@@ -108,36 +108,13 @@ def read_results(path: str | Path, sizes: Mapping[int, tuple[int, int]], categor
         columns.add(entry)
         return None
 
-    document = read_json(path, hook)
+    document, _ = read_json(path, hook, _PER_BYTE)
     if not isinstance(document, list):
         raise DataError(f"{path} is not a list of detections, as LVIS and COCO have results")
     if any(entry is not None for entry in document) or len(document) != columns.read:
         odd = next((i for i, entry in enumerate(document, 1) if entry is not None), len(document))
         raise DataError(f"{path}: detection {odd} is not an object with image_id, category_id and score")
     return columns.results(str(path))
-
-
-def read_json(path: Path, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """A stranger's JSON file, ``hook`` called with each object. Raises: DataError (exit 3), one line."""
-    try:
-        size, free = path.stat().st_size, available_memory()
-        if free is not None and size * _PER_BYTE > free:
-            raise DataError(f"{path} has {size / 2**30:.1f} GiB and takes about {size * _PER_BYTE / 2**30:.1f} GiB of memory, "
-                            f"where {free / 2**30:.1f} GiB are free: write fewer detections an image, with higher scores")
-        return json.loads(path.read_bytes(), object_hook=hook)
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except MemoryError:
-        raise DataError(f"{path} does not fit into memory") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not a text file in UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
-    except (ValueError, RecursionError) as error:
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else "it holds a number of thousands of digits"
-        raise DataError(f"{path} is not valid JSON: {what}") from None
 
 
 class _Columns:
