@@ -16,9 +16,10 @@ from pycocotools import mask as coco_mask
 from balms_cli.config import DetectEvaluateConfig
 from balms_cli.detection.annotations import load_annotations
 from balms_cli.detection.evaluate import flat, parse_gate, run
+from balms_cli.detection.ground_truth import load_ground_truth
 from balms_cli.detection.model import detect, save_detector
 from balms_cli.detection.per_category import category_rows, ends
-from balms_cli.detection.scoring import METRICS, load_ground_truth
+from balms_cli.detection.scoring import METRICS
 from balms_cli.errors import CheckpointError, ConfigError
 from balms_cli.report.categories import category_png
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from balms_cli.detection.ground_truth import load_ground_truth
 from balms_cli.detection.results import Results, read_results, rounded
-from balms_cli.detection.scoring import METRICS, load_ground_truth, score
+from balms_cli.detection.scoring import METRICS, score
 from balms_cli.errors import DataError
 
 from .detect_tools import draw_lvis

@@ -24,11 +24,12 @@ from ..metrics import Gate
 from ..reporter import Reporter
 from .annotations import Annotations, find_annotations, find_images, load_annotations
 from .dataset import DetectImages, Example
+from .ground_truth import GROUPS, GroundTruth, load_ground_truth
 from .header import DetectHeader, read_detect_header
 from .model import detect, load_detector, paste_rle, set_detections
 from .per_category import category_rows
 from .results import Results, read_results, rounded
-from .scoring import GROUPS, METRICS, GroundTruth, load_ground_truth, official_cost, score
+from .scoring import METRICS, official_cost, score
 
 KINDS = {"bbox": "boxes", "segm": "masks"}
 GATES = (*METRICS, *(f"{kind}.{metric}" for kind in KINDS for metric in METRICS))

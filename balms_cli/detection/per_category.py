@@ -8,8 +8,8 @@ from typing import Any
 
 from ..data.aside import printable, replace_file
 from ..errors import ConfigError, DataError
+from .ground_truth import GroundTruth
 from .header import DetectHeader
-from .scoring import GroundTruth
 
 ENDINGS = (".csv", ".json", ".png")
 
