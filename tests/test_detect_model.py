@@ -366,7 +366,8 @@ class TestCheckpoint:
         load_detector(path)
 
     @pytest.fixture(scope="class")
-    def made(self, tmp_path_factory):
+    @classmethod
+    def made(cls, tmp_path_factory):
         path = tmp_path_factory.mktemp("detector") / "model.safetensors"
         save_detector(path, tiny_detector(3, backbone="resnet10"), tiny_header(3, backbone="resnet10"))
         return path

