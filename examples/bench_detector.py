@@ -3,8 +3,9 @@ categories, shorter side 800, 8 images a step, in bf16 where the device computes
 
 (a) the detector of ``balms detect train``, class-specific boxes and masks; (b) the same class-agnostic; (c) torchvision's
 ``maskrcnn_resnet50_fpn``. A step is forward, losses, backward and SGD on images that lie on the device already, drawn at random
-with 8 objects each; a look is the detection of 300 objects in one of them, scores from 1e-4, as LVIS is evaluated. Medians of
-several steps in which all sides take their turn. Peak memory is what torch allocates at most in one call.
+with 128 objects each, so that as many regions are foreground as a trained network's proposals make it; a look is the
+detection of 300 objects in one of them, scores from 1e-4, as LVIS is evaluated. Medians of several steps in which all sides
+take their turn. Peak memory is what torch allocates at most in one call, beyond the network.
 
     python examples/bench_detector.py [--json] [--out FILE] [--device cuda] [--size 800] [--batch 8] [--categories 1203]
 """
@@ -28,7 +29,7 @@ from balms_cli.engine.runtime import Runtime, setup, versions
 from balms_cli.models.weights import IMAGENET_MEAN, IMAGENET_STD
 
 SIDES = {"a": "balms, class-specific", "b": "balms, class-agnostic", "c": "torchvision's own"}
-OBJECTS = 8
+OBJECTS = 128  # each is a foreground region: as many as a trained network's proposals bring (a quarter of 512)
 
 
 def detectors(categories: int, size: int, longest: int) -> dict[str, torch.nn.Module]:
