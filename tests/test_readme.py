@@ -46,6 +46,9 @@ def test_every_command_and_option_exists(words):
     if command is None:
         assert words[0] in {option for p in group.params for option in p.opts}
         return
+    while hasattr(command, "commands") and len(words) > 1:  # detect has commands of its own
+        words = words[1:]
+        command = command.commands[words[0]]
     known = {option for p in command.params for option in p.opts}
     assert {w for w in words[1:] if w.startswith("--")} <= known
 
