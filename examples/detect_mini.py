@@ -23,7 +23,7 @@ def figures(file: Path) -> dict[str, float | None]:
     found = json.loads(file.read_text())
     values = {f"{kind} {metric}": found[kind][metric] for kind in ("bbox", "segm") for metric in ("AP", "AP_r", "AP_c", "AP_f")}
     values |= {f"accuracy at true boxes, {group}": found["gt_box_accuracy"][group] for group in ("all", "r", "c", "f")}
-    return {name: None if value is None else 100 * value for name, value in values.items()}
+    return {name: None if value is None else round(100 * value, 3) for name, value in values.items()}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -53,6 +53,7 @@ def collect(place: Path) -> dict[str, Any]:
         "data": {k: data[k] for k in ("annotations_sha256", "images", "instances", "categories")}
         | {"categories_by_group": {group: found["categories"] for group, found in data["groups"].items()},
            "scored_on": "lvis_val.json", "scored_images": one["images"]},
+        "note": "seconds and peak memory were taken beside other work",
         "seeds": "of the classifier's tuning (order of the images); the detector and the cached views are the same",
         "base": {family: {k: report[k] for k in ("steps", "seconds", "final_loss", "peak_memory_gb")}
                  | figures(place / family / "evaluate-base.out") for family, report in reports.items()},
