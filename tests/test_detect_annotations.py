@@ -256,7 +256,7 @@ def test_run_length_masks_are_read_like_pycocotools_and_hostile_ones_never_reach
 
 NOTHING = "{file}: no image has a usable annotation"
 REFUSED = {
-    "no file": (None, "{file} does not exist"),
+    "no file": (None, "{file} does not exist: give a JSON file with annotations, or a folder that holds one"),
     "not text": (b"\xff\xfe\x00", "{file} is not a text file in UTF-8"),
     "not JSON": (b'{"images": [', "{file} is not valid JSON: Expecting value: line 1 column 13 (char 12)"),
     "empty": (b"", "{file} is not valid JSON: Expecting value: line 1 column 1 (char 0)"),

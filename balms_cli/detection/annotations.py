@@ -195,6 +195,8 @@ def find_annotations(data: str | Path, split: Literal["train", "val"]) -> Path:
     others go on from (``lvis_val``, ``lvis_val_full``). Raises: DataError where there is none, or no such one.
     """
     data = Path(data)
+    if not data.exists():
+        raise DataError(f"{data} does not exist: give a JSON file with annotations, or a folder that holds one")
     if not data.is_dir():
         return data
     found: list[Path] = []
