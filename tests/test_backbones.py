@@ -75,6 +75,17 @@ class TestNetworks:
         done = balms("export", tmp_path / "one", "--to", "safetensors", "--images", "4", "--out", tmp_path / "exported")
         assert done.code == 0 and "[1, 1, 1, 1]" in json.loads((tmp_path / "exported" / "config.json").read_text())["names"]
 
+    @pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf"])
+    def test_a_checkpoint_is_compared_with_its_network_before_that_is_built(self, name):
+        """RegNets compute their widths by tensors, which a network without memory must still allow."""
+        from balms_cli.models.backbones import holds
+
+        state = build_backbone(name, 64).state_dict()
+        assert holds(state, name, 64)
+        key = next(key for key, tensor in state.items() if tensor.dim() == 4)
+        assert not holds(state | {key: state[key][:1]}, name, 64)
+        assert not holds({k: t for k, t in state.items() if k != key}, name, 64)
+
     def test_unknown_backbones_get_suggestions(self):
         with pytest.raises(ConfigError, match=r"resnet18.*balms pretrain --list"):
             build_backbone("resnet19", 32)

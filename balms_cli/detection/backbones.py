@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -65,17 +64,6 @@ def build_backbone_fpn(name: str, *, norm: str, fpn_channels: int, trainable_lay
 def empty_backbone_fpn(name: str, *, norm: str, fpn_channels: int) -> PyramidBackbone:
     """The same without weights: to be filled from a checkpoint. Raises ConfigError."""
     return _pyramid(name, _classifier(name), norm, fpn_channels, trainable_layers=5)
-
-
-class Weightless(TorchFunctionMode):
-    """Within it layers are built without memory for their weights, on torch's meta device. Unlike within that device itself,
-    numbers can still be computed by tensors, as torchvision's RegNets do to find their widths."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if function in (torch.empty, torch.zeros, torch.ones):
-            kwargs["device"] = "meta"
-        return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)

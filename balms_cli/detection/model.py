@@ -30,7 +30,8 @@ from ..config import DetectEvaluateConfig, DetectPredictConfig
 from ..data.aside import replace_file
 from ..errors import CheckpointError, ConfigError, one_line
 from ..losses import SigmoidLoss, SoftmaxLoss
-from .backbones import Weightless, empty_backbone_fpn
+from ..models.backbones import Weightless
+from .backbones import empty_backbone_fpn
 from .header import Architecture, DetectHeader, read_detect_header
 from .roi_heads import BoxPredictor, LongTailRoIHeads
 

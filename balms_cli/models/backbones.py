@@ -7,6 +7,7 @@ import difflib
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError
 from . import timm_networks
@@ -74,13 +75,24 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
     return network
 
 
+class Weightless(TorchFunctionMode):
+    """Within it layers are built without memory for their weights, on torch's meta device. Unlike within that device itself,
+    numbers can still be computed by tensors, as torchvision's RegNets do to find their widths."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function in (torch.empty, torch.zeros, torch.ones):
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)
+
+
 def holds(state: dict[str, Tensor], name: str, image_size: int) -> bool:
     """Whether ``state`` has all tensors of this backbone, found without taking memory for them: a file from a stranger names
     its network itself, and some have billions of parameters. Raises ConfigError as ``build_backbone`` does."""
     if name in CIFAR_NAMES:
         return True
-    with torch.device("meta"):
-        timms = name.startswith(timm_networks.PREFIX)
+    timms = name.startswith(timm_networks.PREFIX)
+    with torch.device("meta") if timms else Weightless():
         own = (timm_networks.create if timms else build_backbone)(name, image_size).state_dict()
     return all(key in state and state[key].shape == tensor.shape for key, tensor in own.items())
 
