@@ -71,11 +71,6 @@ _RECIPES: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
 }  # fmt: skip
 
 
-def has(stage: str) -> bool:
-    """Are there recipes for this stage?"""
-    return stage in _RECIPES
-
-
 def methods(chosen: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The layers that chosen methods bring along: none here, the defaults are theirs."""
     return []

@@ -141,7 +141,11 @@ class TestNames:
 
     def test_marks_that_pile_up_and_halves_of_letters_do_not_crash(self):
         names = ["e" + "\u0301\u0302\u0303" * 40, "\ud800bad", "क्षि", "dog\u200d🦮", "ﷺ", "<b>[red]&"]
-        draw(Image.new("RGB", (640, 480)), [found(i + 1, name=name) for i, name in enumerate(names)])
+        for i, name in enumerate(names):
+            marked = draw(Image.new("RGB", (640, 480)), [found(i + 1, name=name)])
+            assert marked.mode == "RGB" and marked.getbbox() is not None, name
+        together = draw(Image.new("RGB", (640, 480)), [found(i + 1, name=name) for i, name in enumerate(names)])
+        assert together.size == marked.size
 
 
 @pytest.fixture(scope="module")

@@ -303,7 +303,6 @@ def test_the_papers_preset_holds_the_supplements_values_and_the_reference_those_
 
 def test_which_preset_holds_where_none_is_named():
     assert [presets_detect.choose("detect-train", "any", None, on_gpu=gpu)[0] for gpu in (True, False)] == ["paper", "quick"]
-    assert presets_detect.has("detect-finetune") and not presets_detect.has("detect-evaluate")
 
 
 def test_print_config_needs_no_data_and_reads_back(balms, tmp_path):

@@ -20,7 +20,7 @@ import numpy as np
 from ..data.aside import name_some, printable
 from ..errors import DataError
 from ..reporter import Reporter
-from .header import Category
+from .header import COMMON, RARE, Category, frequency_group
 from .lvis_json import MAX_SIDE, Entry, checked_id, file_name, integers, parse, read_categories
 from .outlines import Extent, Packed, Segmentation, clip_polygon, compressed, extents_of, rle_area, rle_box, unpack
 
@@ -28,7 +28,6 @@ MIN_SIDE = 0.1  # pixels; a thinner box may lose its area to rounding once it is
 _LONGEST = 1e6  # pixels of an annotation's outline; the rasteriser takes some 100 bytes for each
 _FARTHEST = 1e9  # pixels; a polygon that goes farther is no polygon
 _CHUNK = 1 << 15  # annotations measured at a time
-_RARE, _COMMON = 10, 100  # images that a rare, and a common, category is in at most (LVIS)
 
 CROWD = "crowd regions"
 STRAY = "annotations of an image or category that the file does not have"
@@ -161,7 +160,7 @@ def _settle(found: Annotations, ids: list[int], every_image: bool) -> Annotation
     categories = []
     for id, label in order:
         count = int(image_counts[label])
-        group = found.groups[id] or ("r" if count <= _RARE else "c" if count <= _COMMON else "f")
+        group = found.groups[id] or frequency_group(count)
         categories.append(Category(id=id, name=found.all_categories[id], image_count=count,
                                    instance_count=int(instance_counts[label]), frequency=group))  # fmt: skip
     left_out[NO_IMAGE] += len(without)
@@ -180,7 +179,7 @@ def tell_left_out(annotations: Annotations, reporter: Reporter) -> None:
         reporter.note(f"left out of {name}: {left_out_text(annotations.left_out)}")
     if counted := sum(annotations.groups[category.id] is None for category in annotations.categories):
         reporter.note(f"{counted} of {len(annotations.categories)} categories have no frequency in {name}, so it is counted: 1 "
-                      f"to {_RARE} images rare, to {_COMMON} common, above that frequent")  # fmt: skip
+                      f"to {RARE} images rare, to {COMMON} common, above that frequent")  # fmt: skip
 
 
 def left_out_text(left_out: dict[str, int]) -> str:

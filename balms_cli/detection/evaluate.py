@@ -166,10 +166,8 @@ def _annotations_of(config: DetectEvaluateConfig, header: DetectHeader | None) -
 
 
 def _truth(place: Path, header: DetectHeader | None, config: DetectEvaluateConfig, reporter: Reporter) -> GroundTruth:
-    truth = load_ground_truth(place)
-    if header is not None:  # the groups are those of the training images, where the file itself does not say
-        groups = {c.name: c.frequency for c in header.categories}
-        truth = load_ground_truth(place, {id: groups[name] for id, name in truth.names.items() if name in groups})
+    # Where the file itself does not say, the groups are those of the training images.
+    truth = load_ground_truth(place, by_name={c.name: c.frequency for c in header.categories} if header is not None else None)
     for note in truth.notes:
         reporter.warn(f"{place.name}: {note}")
     if truth.left_out:

@@ -12,11 +12,11 @@ from typing import Any
 
 from ..data.aside import printable
 from ..errors import DataError
+from .header import frequency_group
 from .lvis_json import MAX_SIDE, read_json
 from .outlines import clip_polygon, compressed
 
 GROUPS = ("r", "c", "f")
-_RARE, _COMMON = 10, 100  # images of a category at most
 _FARTHEST = 1e9  # pixels
 CROWD, STRAY, NO_AREA, NO_BOX = "crowd regions", "annotations of no image or category", "objects without area", "bad boxes"
 NO_MASK = "objects without a usable mask"
@@ -60,13 +60,14 @@ class GroundTruth:
         return any(thing.segmentation is not None for thing in self.objects)
 
 
-def load_ground_truth(path: str | Path, frequencies: dict[int, str] | None = None) -> GroundTruth:
+def load_ground_truth(path: str | Path, frequencies: dict[int, str] | None = None, *, by_name: dict[str, str] | None = None
+                      ) -> GroundTruth:  # fmt: skip
     """Read an LVIS or COCO file to score on.
 
     As the official tool does, objects without area are left out. Crowd regions (COCO) are too: their category then counts as
     not marked everywhere in that image, so that nothing found there is wrong. A file in which no image has
     ``neg_category_ids`` is marked exhaustively, as COCO is. Groups are the file's own, else those of ``frequencies`` (category
-    id -> r, c or f), else by the number of its own images. Raises: DataError (exit 3).
+    id -> r, c or f) or ``by_name``, else by the number of its own images. Raises: DataError (exit 3).
     """
     path = Path(path)
     document, _ = read_json(path)
@@ -97,7 +98,8 @@ def load_ground_truth(path: str | Path, frequencies: dict[int, str] | None = Non
         raise DataError(f"{path} has no object to score on")
     if exhaustive:
         truth.notes.append("no image says what it was searched for in vain (neg_category_ids): all categories, as in COCO")
-    _group(truth, {id: entry.get("frequency") for id, entry in categories.items()}, frequencies or {})
+    named = {id: by_name[name] for id, name in truth.names.items() if name in by_name} if by_name else {}
+    _group(truth, {id: entry.get("frequency") for id, entry in categories.items()}, named | (frequencies or {}))
     return truth
 
 
@@ -195,7 +197,7 @@ def _group(truth: GroundTruth, own: dict[int, Any], others: dict[int, str]) -> N
         group = own[id] if own[id] in GROUPS else others.get(id)
         if group not in GROUPS:
             computed += 1
-            group = "r" if counts[id] <= _RARE else "c" if counts[id] <= _COMMON else "f"
+            group = frequency_group(counts[id])
         truth.groups[id] = group
     if computed:
         truth.notes.append(f"{computed} of {len(own)} categories have no frequency: rare, common, frequent is by the images of "

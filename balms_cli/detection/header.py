@@ -15,6 +15,12 @@ from ..engine.run_dir import MODEL, model_file
 from ..errors import CheckpointError
 
 FORMAT = 1
+RARE, COMMON = 10, 100  # images that a rare, and a common, category is in at most (LVIS)
+
+
+def frequency_group(images: int) -> Literal["r", "c", "f"]:
+    """Rare, common or frequent, by the number of images that a category is in."""
+    return "r" if images <= RARE else "c" if images <= COMMON else "f"
 
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]

@@ -19,8 +19,13 @@ def repeat_factors(annotations: Annotations, threshold: float) -> np.ndarray:
     f_c is the share of the images that c is in, t the ``threshold`` (0: every factor is 1). Source: Gupta et al., LVIS, CVPR
     2019, appendix B.2. An image without a usable annotation has the factor 1.
     """
+    return np.maximum(1.0, _max_over_categories(annotations, category_repeats(annotations, threshold)))
+
+
+def category_repeats(annotations: Annotations, threshold: float) -> np.ndarray:
+    """How often each category asks for its images: max(1, sqrt(t / f_c)), float64 [C]."""
     share_C = annotations.image_counts / annotations.num_images
-    return np.maximum(1.0, _max_over_categories(annotations, np.sqrt(threshold / share_C)))
+    return np.maximum(1.0, np.sqrt(threshold / share_C))
 
 
 def _max_over_categories(annotations: Annotations, values_C: np.ndarray) -> np.ndarray:

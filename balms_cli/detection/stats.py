@@ -12,7 +12,7 @@ import numpy as np
 from ..data.aside import name_some, printable
 from ..reporter import Reporter
 from .annotations import Annotations, ImageInfo, tell_left_out
-from .sampling import repeat_factors
+from .sampling import category_repeats, repeat_factors
 
 GROUPS = {"r": "rare", "c": "common", "f": "frequent"}
 
@@ -36,7 +36,7 @@ class Stats:
         return {
             "annotations": str(a.path), "annotations_sha256": a.sha256, "images": a.num_images,
             "instances": sum(c.instance_count for c in a.categories), "categories": len(a.categories),
-            "groups": {group: self.group(group) for group in GROUPS if self.group(group)["categories"]},
+            "groups": {group: found for group in GROUPS if (found := self.group(group))["categories"]},
             "repeat": {"threshold": self.threshold, "repeated_images": int((self.factors > 1).sum()),
                        "largest_factor": float(self.factors.max()), "images_an_epoch": float(self.factors.sum())},
             "log_odds": [float(self.log_odds.min()), float(self.log_odds.max())],
@@ -72,7 +72,6 @@ class Stats:
 def measure(annotations: Annotations, threshold: float, folder: Path | None = None) -> Stats:
     """Count. ``folder``: look there for the image files. Raises: DataError where it cannot be listed."""
     f_C = annotations.frequencies
-    share_C = annotations.image_counts / annotations.num_images
     missing = None
     if folder is not None:
         from .dataset import find_files
@@ -80,7 +79,7 @@ def measure(annotations: Annotations, threshold: float, folder: Path | None = No
         paths = find_files(annotations.images, folder)
         missing = [image for image, path in zip(annotations.images, paths, strict=True) if path is None]
     return Stats(annotations, threshold, repeat_factors(annotations, threshold),
-                 np.maximum(1.0, np.sqrt(threshold / share_C)), np.log(f_C) - np.log1p(-f_C),
+                 category_repeats(annotations, threshold), np.log(f_C) - np.log1p(-f_C),
                  np.log(f_C) - np.log(f_C).mean(), missing)  # fmt: skip
 
 

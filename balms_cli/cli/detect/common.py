@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Option
 
-from ..execute import Params, agreed, reopen, resolve_params, told_complete
+from ..execute import Params, agreed, reopen, told_complete
 from ..options import complete
 
 _RECIPE = "Recipe"
@@ -20,11 +20,17 @@ RepeatThreshold = Annotated[float | None, Option(help="Repeat factor sampling: i
                                                  rich_help_panel=_RECIPE)]  # fmt: skip
 
 
-def resolve_detect(stage: str, params: Params):
-    """Default < preset < file < flag, for a stage of detection; ``params`` may hold keys of its configuration too."""
-    from ... import presets_detect
+def newest(params: Params, stages: tuple[str, ...], reporter) -> Path:
+    """The checkpoint of the newest complete detector of these stages, named on stderr. Raises DataError where there is none."""
+    from ...detection.header import detector_file, newest_detector
+    from ...errors import DataError
 
-    return resolve_params(stage, params, "any" if presets_detect.has(stage) else None, presets_detect)
+    found = newest_detector(params["workspace"], stages)
+    if found is None:
+        kind = "detect train run" if stages == ("detect-train",) else "detector"
+        raise DataError(f"there is no complete {kind} in {params['workspace']}; run balms detect train first")
+    reporter.note(f"detector: {found} (the newest of {params['workspace']})")
+    return detector_file(found)
 
 
 def find_data(resolved, split: str):

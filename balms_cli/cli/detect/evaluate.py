@@ -79,19 +79,14 @@ def _evaluate(params: Params, world) -> None:
 
 
 def _checkpoints(params: Params, reporter) -> list[Path]:
-    from ...detection.header import detector_file, newest_detector
-    from ...errors import DataError
+    from ...detection.header import detector_file
     from ..inputs import read_paths
 
     if params["runs"]:
         return [detector_file(path) for argument in params["runs"] for path in read_paths(argument)]
     if params["results"]:
         return []
-    newest = newest_detector(params["workspace"], ("detect-train", "detect-finetune"))
-    if newest is None:
-        raise DataError(f"there is no complete detector in {params['workspace']}; run balms detect train first")
-    reporter.note(f"detector: {newest} (the newest of {params['workspace']})")
-    return [detector_file(newest)]
+    return [c.newest(params, ("detect-train", "detect-finetune"), reporter)]
 
 
 def _name(one: dict) -> str:

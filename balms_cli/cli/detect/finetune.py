@@ -100,8 +100,8 @@ def _finetune(params: Params, world) -> None:
 
 def _parent(params: Params, reporter) -> Path:
     """The checkpoint file to start from. Raises DataError or CheckpointError."""
-    from ...detection.header import detector_file, newest_detector
-    from ...errors import ConfigError, DataError
+    from ...detection.header import detector_file
+    from ...errors import ConfigError
     from ..inputs import read_paths
 
     given = [params[key] for key in ("run", "source") if params[key] is not None]
@@ -109,11 +109,7 @@ def _parent(params: Params, reporter) -> Path:
         raise ConfigError("the detector is named twice, as RUN and by --from: leave one of them out")
     if given:
         return detector_file(read_paths(given[0])[0])
-    newest = newest_detector(params["workspace"], ("detect-train",))
-    if newest is None:
-        raise DataError(f"there is no complete detect train run in {params['workspace']}; run balms detect train first")
-    reporter.note(f"detector: {newest} (the newest of {params['workspace']})")
-    return detector_file(newest)
+    return c.newest(params, ("detect-train",), reporter)
 
 
 class _Recipes:

@@ -7,7 +7,7 @@ from typer import Argument, Context, Option
 
 from .. import options as o
 from ..console import make_reporter, print_result
-from ..execute import Params, in_world, restarted
+from ..execute import Params, in_world, resolve_params, restarted
 from . import common as c
 
 
@@ -60,9 +60,10 @@ def _train(params: Params, world) -> None:
     if params["resume"] is not None:
         found = c.reopen_run("detect-train", params, reporter, world)
         return found and _run(*found[:4], reporter, params, world, resume=True)
+    from ... import presets_detect
     from ...errors import ConfigError
 
-    resolved = c.resolve_detect("detect-train", params | {"annotations": params["data"]})
+    resolved = resolve_params("detect-train", params | {"annotations": params["data"]}, "any", presets_detect)
     if params["print_config"]:
         return print_result(resolved.to_toml().rstrip())
     if resolved.config.annotations is None:
