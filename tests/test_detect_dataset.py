@@ -281,3 +281,14 @@ def test_the_next_steps_are_read_while_one_is_used(drawn):
         read(step)
     assert drawn_steps == [0, 1, 2, 3, 4] and sorted(seen) == [0, 1, 2, 3, 4]  # each once, and none past the end
     read.close()
+
+
+def test_closing_the_images_ends_all_their_readers(drawn):
+    data = DetectImages(*drawn, workers=1)
+    readers = [data.reader(lambda step: [step], 5) for _ in range(2)]
+    for read in readers:
+        read(0)
+    data.close()
+    for read in readers:
+        with pytest.raises(RuntimeError, match="shutdown"):
+            read(3)

@@ -48,6 +48,7 @@ class DetectImages:
         warnings.filterwarnings("ignore", module=r"PIL\.")  # odd EXIF and the like; what matters is checked, see decode.py
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"pycocotools\.")
         self._root = os.path.realpath(self.folder)
+        self._readers: list[Reader] = []
         self.paths = find_files(annotations.images, self.folder)
         missing = [image for image, path in zip(annotations.images, self.paths, strict=True) if path is None]
         if len(missing) == len(self) or (missing and not skip_bad):
@@ -77,7 +78,13 @@ class DetectImages:
     def reader(self, draw: Callable[[int], Sequence[int]], steps: int) -> "Reader":
         """``read(step) -> [(pixels, target), ...]`` of the images ``draw(step)``; the next steps', up to ``steps``, are read
         meanwhile. Any step may be the first, and one out of order begins anew there."""
-        return Reader(self, draw, steps)
+        self._readers.append(Reader(self, draw, steps))
+        return self._readers[-1]
+
+    def close(self) -> None:
+        """Stop reading ahead, in all readers."""
+        for reader in self._readers:
+            reader.close()
 
     def _pixels(self, i: int) -> Tensor:
         image = self.annotations.images[i]

@@ -16,6 +16,7 @@ Shapes: B images, R regions, D features, C categories.
 
 import copy
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def run(resolved: Resolved[DetectFinetuneConfig], parent_file: Path, annotations
             raise Interrupted(f"stopped while features were computed; go on with: {again}") from None
 
     learnt = learn(config, frozen, cache, world)
-    with event_files(config, folder) as events:
+    with closing(frozen.data), event_files(config, folder) as events:
         seconds = train(learnt.job, folder, frozen.runtime.device, reporter, resume=resume,
                         checkpoint_seconds=config.checkpoint_seconds, world=world)  # fmt: skip
         if learnt.reweigher is not None:
