@@ -13,7 +13,7 @@ had ready goes into its warm-up, and no epoch ends. Peak memory is what torch al
 is there before it; that of workers and what they hand over are not in it.
 
     python examples/bench_engine.py [DATA_ROOT] [--json] [--out FILE] [--device auto] [--threads N] [--steps N] [--rounds 5]
-                                    [--nets resnet32,resnet50] [--compile off|on|cuda-graphs] [--full]
+                                    [--nets resnet32,resnet50] [--compile auto|off|on|cuda-graphs] [--full]
 
 Without DATA_ROOT (a folder with cifar100.zip or cifar10.zip) ResNet-32 sees random images and the result says so. ``--full``
 (GPU, cifar100) also takes the time of ``balms pretrain`` as a whole: 13,000 steps of 512 on CIFAR-100-LT IF 200.
@@ -48,6 +48,7 @@ from torchvision import transforms as T
 from balms_cli.config import MakeLTConfig, PretrainConfig, resolve
 from balms_cli.data.feed import AHEAD
 from balms_cli.data.manifest import Manifest
+from balms_cli.engine.compiling import choose_compile, compile_in_place
 from balms_cli.engine.distributed import ALONE
 from balms_cli.engine.optim import Guard, make_sgd
 from balms_cli.engine.run_dir import RunDir
@@ -219,7 +220,7 @@ def measure(net: str, data_root: Path | None, device: str, steps: int | None, ro
     """Images a second and peak bytes of every side, and what they were measured on."""
     plan, kind = PLAN[net], "cuda" if pick_device(device).type == "cuda" else "cpu"
     steps, batch = steps or plan["steps"][kind], plan["batch"][kind]
-    flags = plan["flags"] | {"batch_size": batch, "device": device}
+    flags = plan["flags"] | {"batch_size": batch, "device": device, "compile": "off"}  # (b) stays as it is
     config = resolve("pretrain", preset=choose("pretrain", *plan["preset"], on_gpu=kind == "cuda"), flags=flags).config
     workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -227,15 +228,16 @@ def measure(net: str, data_root: Path | None, device: str, steps: int | None, ro
         begun = pretrain._begin(config, manifest, Reporter(), True)
         where = begun.runtime.device
         fresh = [replace(begun, model=copy.deepcopy(begun.model)) for _ in SIDES]  # all start from the same weights
-        pretrain.compile_backbone(fresh[0].model, compile)
-        pretrain.compile_backbone(fresh[2].model, compile)
+        compile = choose_compile(compile, config.steps * batch * config.image_size**2, where, Reporter())
+        for compiled in (fresh[0], fresh[2]):
+            compile_in_place(compiled.model.backbone, compile)
         sides = {"a": stage_side(config, fresh[0]), "c": alone_side(config, fresh[2]),
                  "b": usual_side(config, fresh[1], Pictures(net, begun, manifest), workers)}  # fmt: skip
         memory = {side: peak_of_a_step(turn, where) for side, turn in sides.items()}
         warm_up = {"a": 2 + AHEAD, "b": 2 * workers + 2, "c": 2}  # what was read before the turn goes into it
         spent = [{s: seconds_a_step(t, steps, warm_up[s], where) for s, t in sides.items()} for _ in range(rounds)]
     return {"rates": {s: sorted(batch / r[s] for r in spent) for s in SIDES}, "memory": memory, "batch": batch, "steps": steps,
-            "workers": workers, "precision": begun.runtime.precision, "reads": plan["reads"],
+            "workers": workers, "precision": begun.runtime.precision, "compile": compile, "reads": plan["reads"],
             "data": f"{len(begun.images.labels):,} images: {data}"}  # fmt: skip
 
 
@@ -259,7 +261,7 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Steps of a side in a round (default: by network, device).", min=1)] = None,
     rounds: Annotated[int, typer.Option(help="Rounds; the median of each side counts.", min=1)] = 5,
     nets: Annotated[str, typer.Option(help="Which networks: resnet32,resnet50.")] = "resnet32,resnet50",
-    compile: Annotated[str, typer.Option(help="Of (a) and (c): off, on, or cuda-graphs.")] = "off",
+    compile: Annotated[str, typer.Option(help="Of (a) and (c): as in balms pretrain.")] = "auto",
     full: Annotated[bool, typer.Option("--full", help="GPU: also all 13,000 iterations of preset paper.")] = False,
 ):
     warnings.simplefilter("ignore")
@@ -293,8 +295,8 @@ def main(
         "device": torch.cuda.get_device_name(where) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
         "threads": torch.get_num_threads(), "versions": versions(), "date": date.today().isoformat(),
         "command": f"python examples/bench_engine.py {'DATA_ROOT ' if data_root else ''}--device {where} --nets {nets}"
-        + (f" --threads {threads}" if threads else "") + (f" --compile {compile}" if compile != "off" else "")
-        + (" --full" if full else ""), "compile": compile,
+        + (f" --threads {threads}" if threads else "") + (f" --compile {compile}" if compile != "auto" else "")
+        + (" --full" if full else ""), "compile": {n: f["compile"] for n, f in found.items()},
         **whole,
     }  # fmt: skip
     if out:

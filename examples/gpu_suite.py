@@ -42,7 +42,7 @@ def plan(data: Path, device: str, rehearse: bool) -> list[Part]:
     paper = [PYTHON, str(HERE / "gpu_suite.py"), "paper-run", str(data), device, str(int(rehearse))]
     detector = [PYTHON, str(HERE / "bench_detector.py"), *place, "--json",
                 *(["--size", "64", "--batch", "1", "--categories", "20", "--rounds", "1"] if rehearse else [])]  # fmt: skip
-    compiled = ["--compile", "cuda-graphs" if device.startswith("cuda") else "on"]
+    on_gpu = device.startswith("cuda")
     return [
         check("losses", device, data, 60),
         check("influence", device, data, 60),
@@ -50,8 +50,10 @@ def plan(data: Path, device: str, rehearse: bool) -> list[Part]:
         check("resume", device, data, 120, CONFIGURED),
         check("sync-batch-norm", device, data, 60),
         Part("paper preset", paper, 300, CONFIGURED),
-        Part("bench_engine", [*engine, "--nets", "resnet32"], 90, CONFIGURED),
-        Part("bench_engine compiled", [*engine, "--nets", "resnet32", *compiled], 150, CONFIGURED),
+        Part("bench_engine", [*engine, "--nets", "resnet32"], 150, CONFIGURED),
+        Part("bench_engine plain", [*engine, "--nets", "resnet32", "--compile", "off"], 90, CONFIGURED),
+        *([Part("bench_engine cuda-graphs", [*engine, "--nets", "resnet32", "--compile", "cuda-graphs"], 150, CONFIGURED)]
+          if on_gpu else []),
         Part("bench_retrain", retrain, 120, (*CONFIGURED, "higher")),
         Part("bench_detector", detector, 120, CONFIGURED),
         check("compile", device, data, 150, CONFIGURED),

@@ -201,29 +201,3 @@ def test_every_stage_resumes_bit_for_bit(chain, tmp_path, monkeypatch, name, cut
     assert losses(RunDir(whole)) == losses(RunDir(parted))
     if "meta" in name:
         assert (whole / "rates.json").read_text() == (parted / "rates.json").read_text()
-
-
-@pytest.mark.slow
-def test_a_compiled_network_trains_like_the_plain_one(chain, tmp_path):
-    """The same sums in another order: the first losses agree to a part in a thousand, and the checkpoint has the same names."""
-    for how in ("off", "on"):
-        options = [*SMALL, "--compile", how, "--precision", "fp32"]
-        done = invoke("pretrain", chain.manifest, *options, "--out", tmp_path / how, "--quiet")
-        assert done.code == 0, done.err
-    plain, compiled = losses(RunDir(tmp_path / "off")), losses(RunDir(tmp_path / "on"))
-    assert [r["loss"] for r in compiled[:6]] == pytest.approx([r["loss"] for r in plain[:6]], rel=1e-3)
-    assert weights(tmp_path / "on").keys() == weights(tmp_path / "off").keys()
-
-
-def test_compile_is_said_in_words_or_as_older_runs_say_it(chain, tmp_path):
-    from balms_cli.config import PretrainConfig
-
-    assert [PretrainConfig(compile=v).compile for v in (True, False, "cuda-graphs")] == ["on", "off", "cuda-graphs"]
-    for options, told in {
-        ("--compile", "cuda-graphs", "--device", "cpu"): "needs a GPU",
-        ("--compile", "on", "--reweight", "l2rw"): "leave out compile",
-        ("--compile", "always"): "compile: ",
-        ("--set", "sync_batch_norm=true", "--device", "cpu"): "between GPUs only",
-    }.items():
-        refused = invoke("pretrain", chain.manifest, *SMALL, *options, "--out", tmp_path / "no")
-        assert refused.code == 2 and told in refused.err and not (tmp_path / "no").exists()

@@ -1,9 +1,9 @@
 """What every stage's model is built on, and what they have in common."""
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 # How a run is computed, not what: two runs that differ in these alone are of one method.
 COMPUTING = frozenset(
@@ -13,13 +13,21 @@ Estimator = Literal["class", "image", "expected"]
 Hypergradient = Literal["auto", "closed-form", "jvp", "higher"]
 # "on" and "off" may also be said as true and false, as older runs do.
 Compile = Annotated[
-    Literal["off", "on", "cuda-graphs"],
+    Literal["auto", "off", "on", "cuda-graphs"],
     BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value),
 ]
 
 
 class StageConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_1(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            raise ValueError("should be a number")
+        return value
 
 
 class ComputeConfig(StageConfig):

@@ -118,9 +118,8 @@ class PretrainConfig(TrainConfig):
     frozen: bool = Field(False, description="take the backbone as it is: nothing is trained in stage 1")
     image_size: int = Field(32, ge=8, le=1024, description="pixels a side fed to the network")
     augment: list[Augmentation] = Field(["crop", "flip", "cutout"], description="training augmentation, applied in this order")
-    compile: Compile = Field(
-        "off", description="on: torch.compile the backbone (a minute of start-up); cuda-graphs: also as CUDA graphs, on a GPU"
-    )
+    compile: Compile = Field("auto", description="torch.compile of the backbone (up to a minute of start-up): off, on, or "
+                             "cuda-graphs (GPU); auto: on in long runs, of a billion pixels or more")  # fmt: skip
     sync_batch_norm: bool = Field(False, description="several GPUs: BatchNorm statistics over all of them")
     classifier: Literal["auto", "linear", "cosine"] = Field(
         "auto", description="head: linear or cosine (auto: cosine for ldam)"
@@ -139,7 +138,7 @@ class PretrainConfig(TrainConfig):
     def _check_reweight(self) -> "PretrainConfig":
         if self.reweight != "none" and self.frozen:
             raise ValueError("--frozen trains nothing in stage 1, so there is nothing to reweight")
-        if self.reweight != "none" and self.compile != "off":
+        if self.reweight != "none" and self.compile not in ("auto", "off"):
             raise ValueError("--reweight differentiates through the plain network: leave out compile")
         return self
 

@@ -15,6 +15,7 @@ from ..data.feed import View, view_of
 from ..data.manifest import Manifest, now
 from ..data.samplers import ClassIndex, batches, class_law, mix, rates_law
 from ..data.transforms import augment
+from ..engine.compiling import choose_compile, compile_in_place
 from ..engine.distributed import ALONE, World
 from ..engine.header import FORMAT, Header
 from ..engine.loop import Job, train
@@ -188,15 +189,10 @@ def _begin(config: PretrainConfig, manifest: Manifest, reporter: Reporter, offli
     loss = training_loss(config, counts_C).to(device)
     head = fresh_head(config, backbone.feature_dim, loss, len(counts_C), mix(config.seed, 5))
     model = Classifier(backbone, head).to(device, memory_format=torch.channels_last)
-    compile_backbone(model, config.compile)
+    if config.reweight == "none" and not config.frozen:
+        pixels = total_steps(config, len(manifest.splits["train"])) * config.batch_size * config.image_size**2
+        compile_in_place(model.backbone, choose_compile(config.compile, pixels, device, reporter))
     return _Begun(runtime, images, meta_images, rates_C, mean, std, loss, model)
-
-
-def compile_backbone(model: Classifier, how: str) -> None:
-    """In place, so names and weights stay; the first step compiles. CUDA graphs launch all kernels of a pass at once, which
-    pays where they are short: with small images."""
-    if how != "off":
-        model.backbone.compile(mode="reduce-overhead" if how == "cuda-graphs" else None)
 
 
 def _backbone(config: PretrainConfig, offline: bool):
