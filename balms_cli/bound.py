@@ -55,16 +55,8 @@ def optimal_margins(class_counts, total: float = 1.0) -> np.ndarray:
     return total * shares_C / shares_C.sum()
 
 
-def bound_terms(
-    losses_N,
-    labels_N,
-    class_counts,
-    *,
-    total: float = 1.0,
-    threshold: float = LOG2,
-    delta: float = 0.05,
-    loss_range: float | None = None,
-) -> dict[str, Any]:
+def bound_terms(losses_N, labels_N, class_counts, *, total: float = 1.0, threshold: float = LOG2, delta: float = 0.05,
+                loss_range: float | None = None) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint shows of the terms of eq 28, class by class; no sum of them (see the module's text).
 
     ``losses_N`` [N]: plain cross-entropy l(theta) of un-augmented training images, in nats, whatever loss trained the model.
@@ -99,35 +91,24 @@ def bound_terms(
     threshold = _positive("threshold", threshold)
     if not 0 < delta < 1:
         raise ValueError(f"delta is a chance between 0 and 1, not {delta}")
-    gamma_C = optimal_margins(counts_C, total)
-    gamma_equal = float(total) / k
-    images_C = np.bincount(labels_N, minlength=k)
-
-    given = loss_range is not None
+    gamma_C, gamma_equal = optimal_margins(counts_C, total), float(total) / k
     observed = float(np.abs(losses_N - threshold).max()) if losses_N.size else None
-    loss_range, source = _loss_range(loss_range, observed)
+    used, source = _loss_range(loss_range, observed)
 
     # A stable sort puts the images of a class side by side, so that many classes cost no more than few.
+    images_C = np.bincount(labels_N, minlength=k)
     by_class = np.split(losses_N[np.argsort(labels_N, kind="stable")], np.cumsum(images_C)[:-1])
-    per_class = []
-    for n, gamma, losses in zip(counts_C, gamma_C, by_class, strict=True):
-        epsilon, missing = None, "no images of this class, and no B given"
-        if len(losses) or given:
-            epsilon, missing = _epsilon(n, gamma, loss_range, delta / k)
-        per_class.append(_margins(losses, threshold, gamma) | {
-            "n": int(n), "gamma": float(gamma), "complexity": float(4 / (gamma * math.sqrt(n))),
-            "complexity_equal": float(4 / (gamma_equal * math.sqrt(n))), "epsilon": epsilon, "epsilon_missing": missing,
-        })  # fmt: skip
-
-    columns = ("n", "images", "gamma", "error", "margin_error", "complexity", "complexity_equal", "epsilon")
-    mean: dict[str, Any] = {column: _mean([row[column] for row in per_class]) for column in columns}
-    mean["margin_quantiles"] = {
-        q: _mean([row["margin_quantiles"][q] for row in per_class]) for q in per_class[0]["margin_quantiles"]
-    }
+    per_class = [
+        _margins(losses, threshold, gamma)
+        | _complexity(n, gamma, gamma_equal)
+        | _low_order(n, gamma, used if len(losses) or loss_range is not None else None, delta / k)
+        for n, gamma, losses in zip(counts_C, gamma_C, by_class, strict=True)
+    ]
+    mean = _means(per_class)
     return {
         "threshold": threshold, "delta": float(delta), "delta_per_class": float(delta) / k, "beta": float(total),
         "classes": k, "images": len(losses_N), "images_match_counts": bool((images_C == counts_C).all()),
-        "loss_range": loss_range, "loss_range_observed": observed, "loss_range_source": source,
+        "loss_range": used, "loss_range_observed": observed, "loss_range_source": source,
         "gamma_equal": gamma_equal, "complexity_ratio": mean["complexity"] / mean["complexity_equal"],
         "per_class": per_class, "mean": mean, "note": NOTE,
     }  # fmt: skip
@@ -155,21 +136,36 @@ def _margins(losses: np.ndarray, threshold: float, gamma: float) -> dict[str, An
     }
 
 
-def _epsilon(n: float, gamma: float, loss_range: float, delta: float) -> tuple[float | None, str | None]:
+def _complexity(n: float, gamma: float, gamma_equal: float) -> dict[str, Any]:
+    """What the counts alone say: the second term of eq 28 without its factor sqrt(C(F)), at gamma* and at equal margins."""
+    at, at_equal = (float(4 / (margin * math.sqrt(n))) for margin in (gamma, gamma_equal))
+    return {"n": int(n), "gamma": float(gamma), "complexity": at, "complexity_equal": at_equal}
+
+
+def _low_order(n: float, gamma: float, loss_range: float | None, delta: float) -> dict[str, Any]:
     """Eq 29 at the ``delta`` of one class, or None and why.
 
     Under 4 B / gamma = 2 the outer log is negative, and under 1 not even real. Nothing is lost: gamma is then over 2 B, no f
     reaches it, the margin error is 1 and eq 27 says nothing about the class.
     """
+    if loss_range is None:
+        return {"epsilon": None, "epsilon_missing": "no images of this class, and no B given"}
     ratio = 4 * loss_range / gamma
     if ratio < 2:
-        return None, f"B is too small for this margin: 4 B / gamma is {ratio:.3g}, under 2"
-    return math.sqrt(math.log(math.log2(ratio)) / n) + math.sqrt(math.log(1 / delta) / (2 * n)), None
+        return {"epsilon": None, "epsilon_missing": f"B is too small for this margin: 4 B / gamma is {ratio:.3g}, under 2"}
+    epsilon = math.sqrt(math.log(math.log2(ratio)) / n) + math.sqrt(math.log(1 / delta) / (2 * n))
+    return {"epsilon": epsilon, "epsilon_missing": None}
 
 
-def _mean(values: list[float | None]) -> float | None:
-    """Over all classes or not at all: a mean of those that have a value would leave out just the hard ones."""
-    return None if None in values else float(np.mean(values))
+def _means(per_class: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each column over all classes or not at all: a mean of those that have a value would leave out just the hard ones."""
+
+    def mean(values: list[float | None]) -> float | None:
+        return None if None in values else float(np.mean(values))
+
+    columns = ("n", "images", "gamma", "error", "margin_error", "complexity", "complexity_equal", "epsilon")
+    quantiles = {f"q{q}": mean([row["margin_quantiles"][f"q{q}"] for row in per_class]) for q in QUANTILES}
+    return {column: mean([row[column] for row in per_class]) for column in columns} | {"margin_quantiles": quantiles}
 
 
 def _counts(class_counts) -> np.ndarray:

@@ -3,23 +3,33 @@
 import json
 import os
 import pickle
+import re
 import sys
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from scipy import stats
 
 from balms_cli.engine.checkpoint import load_model, save_model
 from balms_cli.engine.header import read_header
 from balms_cli.errors import CheckpointError, ConfigError, DataError
 from balms_cli.models import timm_networks
-from balms_cli.models.backbones import backbone_names, build_backbone
+from balms_cli.models.backbones import backbone_names, build_backbone, torchvision_models
 from balms_cli.models.classifiers import Classifier, linear_head
-from balms_cli.models.weights import _package_file, from_efficientnet_pytorch, load_weights, read_tensors
+from balms_cli.models.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    _package_file,
+    from_efficientnet_pytorch,
+    load_weights,
+    read_tensors,
+)
 
 
 class Bomb:
@@ -51,12 +61,43 @@ class TestNetworks:
         with torch.no_grad():
             assert backbone(torch.zeros(1, 3, size, size)).shape == (1, features)
 
+    @pytest.mark.parametrize("name, size", [("alexnet", 32), ("maxvit_t", 64), ("vit_b_32", 40), ("resnet10", 10**9)])
+    def test_a_size_that_a_network_cannot_take_is_told_before_it_trains(self, name, size):
+        with pytest.raises(ConfigError, match=rf"^{name} does not take images of {size} px: .*; choose another --image-size$"):
+            build_backbone(name, size)
+
+    def test_trying_the_size_leaves_the_network_as_it_was(self):
+        torch.manual_seed(0)
+        backbone = build_backbone("resnet10", 32)
+        after = torch.rand(3)
+        torch.manual_seed(0)
+        plain = torchvision_models().resnet.ResNet(torchvision_models().resnet.BasicBlock, [1, 1, 1, 1])
+        assert torch.equal(after, torch.rand(3)) and backbone.training
+        assert all(torch.equal(v, plain.state_dict()[k]) for k, v in backbone.state_dict().items())
+
     def test_resnet32_is_the_papers_network(self):
         """0.46 M parameters (He et al., 2016, table 6), 64 features, option-A shortcuts without parameters."""
         network = build_backbone("resnet32", 32)
         convolutions = [p for n, p in network.named_parameters() if p.ndim == 4]
         assert len(convolutions) == 31 and sum(p.numel() for p in network.parameters()) + 650 == 464_154
         assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
+
+    def test_a_widening_shortcut_takes_every_second_pixel_and_zeros_on_both_sides(self):
+        """Option A as in the LDAM-DRW repository; the residual branch is switched off."""
+        block = build_backbone("resnet8", 32).blocks[1]
+        torch.nn.init.zeros_(block.bn2.weight)
+        x = torch.rand(2, 16, 6, 6)
+        out = block(x.clone())
+        assert out.shape == (2, 32, 3, 3) and torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+        assert not out[:, :8].any() and not out[:, 24:].any()
+
+    def test_convolutions_start_from_the_normal_law_of_he(self):
+        """He et al., ICCV 2015, eq 10: variance 2 over the inputs of a unit."""
+        torch.manual_seed(0)
+        for name, weight in build_backbone("resnet32", 32).named_parameters():
+            if weight.ndim == 4 and name.startswith("blocks.14."):
+                scaled = weight.detach().flatten() * (weight[0].numel() / 2) ** 0.5
+                assert stats.kstest(scaled.numpy(), "norm").pvalue > 1e-3, name
 
     def test_resnet10_has_one_basic_block_a_stage(self):
         """Counted by hand: stem 7x7, four blocks of two 3x3 convolutions, three 1x1 shortcuts, two numbers a channel of BN."""
@@ -311,6 +352,13 @@ class TestFiles:
             assert (mean == pytest.approx(read_header(file).mean)) if ours else mean is None
             assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in source.backbone.state_dict().items())
 
+    def test_a_file_of_before_batches_were_counted_fills_the_backbone(self, tmp_path):
+        full = build_backbone("resnet8", 16).state_dict()
+        torch.save({key: value for key, value in full.items() if not key.endswith("num_batches_tracked")}, tmp_path / "w.pt")
+        fresh = build_backbone("resnet8", 16)
+        load_weights(fresh, "resnet8", str(tmp_path / "w.pt"), offline=True)
+        assert all(torch.equal(value, full[key]) for key, value in fresh.state_dict().items())
+
     def test_another_network_a_pickle_and_a_missing_file_are_refused(self, chain, tmp_path):
         fresh = build_backbone("resnet20", 32)
         with pytest.raises(CheckpointError, match="not of a resnet20"):
@@ -321,6 +369,33 @@ class TestFiles:
         assert not (tmp_path / "exploded").exists()
         with pytest.raises(DataError, match="no such file"):
             load_weights(fresh, "resnet20", str(tmp_path / "none.pt"), offline=True)
+
+    def test_a_compressed_file_is_refused_unread(self, tmp_path, monkeypatch):
+        """A thousandth of its size on disk: a file of 100 MB would fill 100 GB."""
+        torch.save({"conv1.weight": torch.zeros(1_000_000)}, tmp_path / "plain.pt")
+        with ZipFile(tmp_path / "plain.pt") as plain, ZipFile(tmp_path / "w.pt", "w", ZIP_DEFLATED) as packed:
+            for part in plain.infolist():
+                packed.writestr(part.filename, plain.read(part))
+        assert (tmp_path / "w.pt").stat().st_size < 20_000
+        with ZipFile(tmp_path / "overlap.pt", "w") as packed:
+            packed.writestr("archive/data/0", bytes(10_000))
+            packed.filelist += packed.filelist * 99  # a hundred names for the same bytes
+        monkeypatch.setattr(torch, "load", lambda *a, **how: pytest.fail("it was unpacked"))
+        with pytest.raises(CheckpointError, match=r"compressed, .*: 1000000 bytes inside"):
+            read_tensors(tmp_path / "overlap.pt", "overlap.pt")
+        with pytest.raises(CheckpointError, match=r"w\.pt cannot be read as tensors: it is compressed"):
+            read_tensors(tmp_path / "w.pt", "w.pt")
+
+    @pytest.mark.parametrize("kind", ["sparse", "complex", "meta"])
+    def test_a_tensor_that_cannot_be_copied_in_is_no_bug_of_ours(self, tmp_path, kind):
+        fresh = build_backbone("resnet8", 16)
+        odd = fresh.conv1.weight.detach()
+        odd = {"sparse": odd.to_sparse, "complex": odd.cfloat, "meta": lambda: odd.to("meta")}[kind]()
+        torch.save({**fresh.state_dict(), "conv1.weight": odd, "unused": torch.zeros(2).to_sparse()}, tmp_path / "w.pt")
+        with pytest.raises(CheckpointError, match=r"not of a resnet8: 'conv1\.weight' is no dense tensor of real numbers"):
+            load_weights(fresh, "resnet8", str(tmp_path / "w.pt"), offline=True)
+        torch.save({**fresh.state_dict(), "unused": torch.zeros(2).to_sparse()}, tmp_path / "w.pt")
+        load_weights(fresh, "resnet8", str(tmp_path / "w.pt"), offline=True)
 
     @pytest.mark.parametrize("header", [
         "[", "[1]", "{}", '{"mean": 3, "std": "abc"}', '{"mean": [0, 0], "std": [1, 1]}',
@@ -355,6 +430,21 @@ class TestImageNet:
             load_weights(fresh, "resnet50", "imagenet:IMAGENET1K_V1", offline=True)
         with pytest.raises(ConfigError, match="there are: imagenet:IMAGENET1K_V1, imagenet:IMAGENET1K_V2"):
             load_weights(fresh, "resnet50", "imagenet:V3", offline=True)
+
+    @pytest.mark.parametrize("name, size, older", [
+        ("densenet121", 32, lambda key: re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", key)),
+        ("vit_b_32", 32, lambda key: key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.")),
+        ("mnasnet0_5", 32, str),
+    ])  # fmt: skip
+    def test_weights_under_names_of_an_older_torchvision_are_understood(self, tmp_path, name, size, older):
+        """As the published files have them: torchvision's own loaders rename layers, or ask for a mark of the version."""
+        full = build_backbone(name, size).state_dict()
+        renamed = {older(key): value for key, value in full.items()}
+        assert (renamed.keys() == full.keys()) == (older is str)
+        torch.save(renamed, tmp_path / "w.pth")
+        fresh = build_backbone(name, size)
+        assert load_weights(fresh, name, str(tmp_path / "w.pth"), offline=True) == (IMAGENET_MEAN, IMAGENET_STD)
+        assert all(torch.equal(value, full[key]) for key, value in fresh.state_dict().items())
 
     def test_the_cached_file_is_read_and_never_run(self, cache, tmp_path):
         import torchvision

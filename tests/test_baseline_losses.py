@@ -250,6 +250,8 @@ def test_equalization_draws_by_seed_and_step():
         seen.append(spared(loss))
         torch.rand(3)  # the global stream has no part in it
         assert torch.equal(spared(loss), seen[-1]) and torch.equal(spared(wrapped), seen[-1])
+    loss.at_step(5, 100, seed=20_260_101_000_000)  # a date: more than a generator's 64 bits once it is multiplied
+    assert torch.equal(spared(loss), spared(loss)) and not torch.equal(spared(loss), seen[0])
     assert torch.equal(seen[0], seen[4])
     assert all(not torch.equal(seen[i], seen[j]) for i in range(4) for j in range(i))
 
@@ -308,13 +310,18 @@ def test_a_class_without_images_is_refused_by_name(name, counts):
         CASES[name][0](counts)
 
 
+def test_ldam_refuses_logits_of_other_classes_than_the_counts():
+    with pytest.raises(ValueError, match="LDAMLoss needs logits of 5 columns here, got 4"):
+        LDAMLoss(COUNTS)(torch.zeros(2, 4), torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize("make, words", [
     *((lambda g=g: FocalLoss(gamma=g), "gamma") for g in (-0.5, math.nan)),
     *((lambda g=g: EqualizationLoss(COUNTS, g), "gamma") for g in (-0.1, 1.1, math.nan)),
     *((lambda b=b: losses.effective_number(COUNTS, b), "beta") for b in (-0.1, 1.0, 1.5, math.nan)),
     *((lambda b=b: losses.ClassBalancedLoss(COUNTS, b), "beta") for b in (-0.1, 1.0)),
     (lambda: losses.DeferredReweighting(SoftmaxLoss(), COUNTS, 1.0), "beta"), (lambda: cb("hinge")(COUNTS), "form 'hinge'"),
-    *((lambda w=w: ReweightedLoss(SoftmaxLoss(), w), "positive") for w in ([1, 0], [1, -1], [1, math.nan])),
+    *((lambda w=w: ReweightedLoss(SoftmaxLoss(), w), "positive") for w in ([1, 0], [1, -1], [1, math.nan], [1, math.inf])),
 ])  # fmt: skip
 def test_hyper_parameters_out_of_range_are_refused(make, words):
     with pytest.raises(ValueError, match=words):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from balms_cli.errors import CheckpointError
@@ -16,6 +17,13 @@ from balms_cli.models.classifiers import (
     stage1_linear,
     tau_normalised,
 )
+
+
+def test_a_fresh_linear_layer_is_uniform_within_one_over_the_root_of_its_features():
+    head = linear_head(64, 500, torch.Generator().manual_seed(0))
+    for parameter in (head.weight, head.bias):
+        assert stats.kstest(8 * parameter.detach().flatten().numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert torch.equal(head.weight, linear_head(64, 500, torch.Generator().manual_seed(0)).weight)
 
 
 @pytest.fixture
@@ -86,10 +94,12 @@ def test_tau_divides_each_row_by_its_length_to_the_tau(stage1, tau):
         assert head.weight.norm(dim=1).tolist() == pytest.approx([1.0] * 4)
 
 
-def test_tau_norm_of_a_class_without_weights_is_finite():
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0, 5.0])
+def test_tau_norm_of_a_class_without_weights_is_without_weights(tau):
     head = linear_head(6, 2)
     head.weight.data[1] = 0
-    assert tau_normalised(head, 1.0).weight.isfinite().all()
+    made = tau_normalised(head, tau).weight
+    assert made[0].isfinite().all() and not made[1].any()
 
 
 def test_the_nearest_class_mean_by_a_double_loop():

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from balms_cli import BalancedSigmoidLoss, BalancedSoftmaxLoss, SoftmaxLoss, influence
+from balms_cli.losses import ClassBalancedLoss
 from balms_cli.meta.influence import sgd_lookahead
 
 B, M, C, D = 7, 9, 4, 5
@@ -306,6 +308,39 @@ def test_another_step_than_the_formulas_is_refused(settings, method):
         influence(model, optimizer, SoftmaxLoss(), *batches(), method=method)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_another_optimizer_and_one_that_lacks_a_parameter_are_refused(method):
+    model = linear_head()
+    for optimizer in (torch.optim.Adam(model.parameters()), torch.optim.AdamW(model.parameters())):
+        with pytest.raises(ValueError, match=rf"torch.optim.SGD ahead, not of {type(optimizer).__name__}$"):
+            influence(model, optimizer, SoftmaxLoss(), *batches(), method=method)
+    with pytest.raises(ValueError, match="does not hold 'bias': add it there, or freeze it"):
+        influence(model, torch.optim.SGD([model.weight], lr=0.3), SoftmaxLoss(), *batches(), method=method)
+
+
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
+def test_the_closed_form_is_computed_in_the_type_of_the_head_whatever_autocast_is_on(features):
+    """Its gradients go into the parameters' ``grad``, which takes no other type."""
+    model = linear_head().float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    (x, y), (meta, meta_y) = batches()
+    x, meta = x.to(features), meta.to(features)
+    want = influence(model, optimizer, SoftmaxLoss(), (x.float(), y), (meta.float(), meta_y))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = influence(model, optimizer, SoftmaxLoss(), (x, y), (meta, meta_y))
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0)
+    for name, parameter in model.named_parameters():
+        parameter.grad = got.grads[name]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weighted_meta_loss_is_in_the_type_of_the_network(method):
+    model = linear_head().float()
+    (x, y), (meta, meta_y) = batches()
+    problem = model, torch.optim.SGD(model.parameters(), lr=0.3), SoftmaxLoss(), (x.float(), y), (meta.float(), meta_y)
+    assert influence(*problem, meta_loss=ClassBalancedLoss([50, 20, 8, 1]), method=method).meta_loss.dtype == torch.float32
+
+
 def test_closed_form_on_another_model_is_refused():
     model = nn.Sequential(nn.Linear(D, 3), nn.Tanh(), nn.Linear(3, C)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
@@ -333,6 +368,17 @@ def test_a_loss_that_changes_its_terms_never_borrows_its_parents_gradient():
     loss = Squared([9, 3, 1])
     closed, forward = (influence(head, optimizer, loss, batch, meta_batch, method=m) for m in ("closed-form", "jvp"))
     torch.testing.assert_close(closed.influence_B, forward.influence_B, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("sizes", [(7, 9, 40, 30), (30, 20, 4, 3), (7, 9, 5, 300), (512, 512, 100, 64)])
+def test_of_two_ways_to_the_influence_the_cheaper_is_taken(sizes):
+    """Multiplications of the three products: by way of a matrix like the layer, or of one between the two batches."""
+    b, m, c, d = sizes
+    along = importlib.import_module("balms_cli.meta.influence")._along
+    with FlopCounterMode(display=False) as counter:
+        along(torch.zeros(b, d), torch.zeros(m, c), torch.zeros(m, d), {"weight": 1.0, "bias": 1.0})
+    by_layer, by_batches = c * m * d + b * d * c, b * d * m + b * m * c
+    assert counter.get_total_flops() == 2 * min(by_layer, by_batches)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -91,6 +91,16 @@ def test_too_few_right_or_wrong_images_take_the_closed_form():
     assert none == (0, pytest.approx(-half), pytest.approx(half))
 
 
+@pytest.mark.parametrize("hits, closed", [(4, True), (5, False), (195, False), (196, True)])
+def test_under_five_right_or_wrong_images_the_draws_are_not_trusted(hits, closed):
+    """200 images of 20 classes, the few in classes of their own."""
+    n, few = np.full(20, 10), (np.arange(20) < min(hits, 200 - hits)).astype(int)
+    found = accuracy_intervals([50] * 20, n, few if hits < 100 else n - few, n)["top1"]
+    low, high = wilson(hits, 200)
+    assert found[0] == pytest.approx(hits / 200)
+    assert (found[1:] == pytest.approx((float(low), float(high)), abs=1e-9)) == closed
+
+
 def test_empty_metrics_are_none_and_intervals_hold_their_value_in_bounds():
     rng = np.random.default_rng(3)
     for _ in range(30):

@@ -203,6 +203,22 @@ def test_a_class_without_images_is_refused_by_name(kind, counts):
         kind(counts)
 
 
+@pytest.mark.parametrize("kind", [BalancedSoftmaxLoss, BalancedSigmoidLoss])
+@pytest.mark.parametrize("counts", [[5, math.nan, 3], [5, math.inf, 3], []])
+def test_counts_that_are_no_counts_are_refused(kind, counts):
+    """A NaN is neither above nor below zero: it would make every loss one."""
+    with pytest.raises(ValueError, match="one finite number a class"):
+        kind(counts)
+
+
+@pytest.mark.parametrize("kind", [BalancedSoftmaxLoss, BalancedSigmoidLoss])
+@pytest.mark.parametrize("columns", [1, 4, 6])
+def test_counts_of_other_classes_than_the_logits_are_refused(kind, columns):
+    """One column would be broadcast, and the loss be quietly wrong."""
+    with pytest.raises(ValueError, match=f"needs logits of 5 columns here, got {columns}: one a class$"):
+        kind(COUNTS)(torch.zeros(2, columns), torch.tensor([0, 0]))
+
+
 def test_balanced_sigmoid_needs_two_classes():
     with pytest.raises(ValueError, match="two classes"):
         BalancedSigmoidLoss([12])
@@ -225,15 +241,25 @@ def test_class_counts_by_hand():
     "labels, num_classes, words",
     [
         ([0, 1, 5], 3, "label 5 is out of range 0..2"),
+        ([0, 1, 2, 3], 3, "label 3 is out of range 0..2"),
         ([0, 1, -1], 3, ">= 0"),
         ([0, 2, 2], None, r"\[1\]"),  # class 1 has no image
         ([0, 1], 4, r"\[2, 3\]"),  # the last two have none
         ([], 3, "non-empty"),
+        ([0, 1, 10**13], 3, "label 10000000000000 is out of range 0..2"),  # 80 TB, were a count kept for each
+        ([0, 1, 10**13], None, r"\[2, 3, 4, 5, 6, 7, 8, 9, 10, 11\]"),
+        ([0, 2, 5, 12, 12], None, r"\[1, 3, 4, 6, 7, 8, 9, 10, 11\];"),
     ],
 )
 def test_class_counts_refuses(labels, num_classes, words):
     with pytest.raises(ValueError, match=words):
         class_counts(torch.tensor(labels, dtype=torch.int64), num_classes)
+
+
+@pytest.mark.parametrize("labels", [[0.6, 1.7], [[0, 1], [1, 0]], 3])
+def test_class_counts_are_of_a_vector_of_integers(labels):
+    with pytest.raises(ValueError, match="vector of integers"):
+        class_counts(labels)
 
 
 def normalised(prior):

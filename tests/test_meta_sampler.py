@@ -88,6 +88,13 @@ def test_equal_rates_are_instance_balanced_and_rates_of_one_over_n_class_balance
     assert stats.chisquare(drawn_C).pvalue > 1e-3
 
 
+def test_every_image_of_a_huge_class_can_be_drawn():
+    """Of 2^26 images a place in float32, 24 bits, would reach every fourth alone."""
+    positions_B = MetaSampler([2**26, 1]).draw(4_000, seeded()).positions_B
+    assert stats.chisquare(np.bincount(positions_B.numpy() % 4, minlength=4)).pvalue > 1e-3
+    assert positions_B.min() >= 0 and 2**25 < positions_B.max() < 2**26
+
+
 def test_rates_and_law_by_hand():
     learner = meta_sampler("class")
     torch.testing.assert_close(learner.rates, torch.tensor([sigmoid(t) for t in THETA]))
@@ -370,6 +377,11 @@ def test_learned_rates_rise_for_the_tail_and_spread_less_with_balanced_softmax()
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="class, image or expected"):
         MetaSampler([3, 2], estimator="gumbel")
-    for counts in ([3, 0], [-1, 4]):
-        with pytest.raises(ValueError, match="at least one"):
+    for counts, empty in (([3, 0], "1"), ([-1, 4], "0"), ([0.7, 0.3], "0, 1")):  # shares are no counts
+        with pytest.raises(ValueError, match=rf"without training images: \[{empty}\]"):
             MetaSampler(counts)
+    with pytest.raises(ValueError, match="one finite number a class"):
+        MetaSampler([])
+    for temperature in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="above 0"):
+            MetaSampler([3, 2], temperature=temperature)

@@ -70,6 +70,13 @@ def test_rarest3_passes_over_untested_classes():
     assert found["rarest3"] == pytest.approx((1 + 1 + 0.5) / 3)  # e and d untested: c, b, a
 
 
+def test_rarest3_of_equals_are_the_later_and_of_three_classes_there_is_none():
+    logits = np.eye(5)[[0, 1, 2, 3, 3]] * 5  # all right but the last class
+    found = found_of(logits, np.arange(5), list("abcde"), [50, 10, 10, 10, 10])
+    assert found["rarest3"] == pytest.approx(2 / 3)  # c, d, e
+    assert found_of(logits[:, :3], np.array([0, 1, 2, 0, 0]), list("abc"), [3, 2, 1])["rarest3"] is None
+
+
 # What is kept of the logits
 
 

@@ -2,7 +2,8 @@
 
 Shapes: B batch, C classes. ``per_example`` gives the B terms and ``denominator`` what their sum is divided by (B, or the
 sum of class weights in the batch), so that a meta-learner can weigh the terms one by one. Counts act in training only: at
-test time raw logits are used. Everything is computed at least in float32, whatever autocast made of the logits.
+test time raw logits are used. Everything is computed at least in float32, whatever autocast made of the logits. Losses that
+shift logits by class raise ValueError where these have another number of columns.
 
 Regions of a detector: B are the regions, and ``background`` is the label of those that show none of the C classes (0 in
 torchvision, C in detectron2 and mmdetection). Softmax then has C + 1 columns, a label being its column; sigmoids have C
@@ -19,21 +20,25 @@ from torch import Tensor, nn
 def class_counts(labels_N: Tensor, num_classes: int | None = None) -> Tensor:
     """Training images a class: int64 [C] from integer labels [N].
 
-    Raises ValueError for a class without images (its prior would be zero, its log minus infinity) and for labels
-    outside 0..num_classes-1.
+    Raises ValueError for a class without images (its prior would be zero, its log minus infinity), for labels outside
+    0..num_classes-1, and for what is no vector of integers.
     """
-    labels_N = torch.as_tensor(labels_N, dtype=torch.int64)
-    if labels_N.numel() == 0 or labels_N.min() < 0:
+    labels_N = torch.as_tensor(labels_N)
+    if labels_N.ndim != 1 or not len(labels_N) or labels_N.is_floating_point() or (labels_N := labels_N.long()).min() < 0:
         raise ValueError("labels must be a non-empty vector of integers >= 0")
-    counts_C = torch.bincount(labels_N, minlength=num_classes or 0)
-    if num_classes is not None and len(counts_C) > num_classes:
-        raise ValueError(f"label {int(labels_N.max())} is out of range 0..{num_classes - 1}")
-    return checked_counts(counts_C).long()
+    top = int(labels_N.max())
+    if num_classes is not None and top >= num_classes:
+        raise ValueError(f"label {top} is out of range 0..{num_classes - 1}")
+    # Enough classes to name ten empty ones: a single wrong label must not decide how much memory is taken.
+    limit = min(num_classes or top + 1, len(labels_N.unique()) + 10)
+    return checked_counts(torch.bincount(labels_N[labels_N < limit], minlength=limit)).long()
 
 
 def checked_counts(counts) -> Tensor:
-    """Class counts as float64 [C]. Raises ValueError where one is zero or less."""
+    """Class counts as float64 [C]. Raises ValueError where one is not above zero and finite, and for none at all."""
     counts_C = torch.as_tensor(counts, dtype=torch.float64).flatten()
+    if not len(counts_C) or not counts_C.isfinite().all():
+        raise ValueError("class counts must be one finite number a class")
     empty = (counts_C <= 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"classes without training images: {empty[:10]}; remove them or merge them into others")
@@ -135,9 +140,10 @@ class SoftmaxLoss(nn.Module):
         """Values of the classes in the order of the columns, zero for the background's. Raises ValueError where the logits have
         not as many columns."""
         values_C = self._columns(values_C)
-        if self.background is not None and len(values_C) != logits_BC.shape[1]:
-            raise ValueError(f"{type(self).__name__} with background= needs logits of {len(values_C)} columns here, got "
-                             f"{logits_BC.shape[1]}: one a class, and for a softmax one for the background")  # fmt: skip
+        if len(values_C) != logits_BC.shape[1]:
+            also = "" if self.background is None else ", and for a softmax one for the background"
+            raise ValueError(f"{type(self).__name__} needs logits of {len(values_C)} columns here, got {logits_BC.shape[1]}: "
+                             f"one a class{also}")  # fmt: skip
         return values_C
 
     def _columns(self, values_C: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class EqualizationLoss(SoftmaxLoss):
 
     def at_step(self, step: int, steps: int, seed: int = 0) -> None:
         """In a run the draws are a function of (seed, step): the same again after a resume, and in every pass of a step."""
-        self._draw = seed * 1_000_003 + step
+        self._draw = (seed * 1_000_003 + step) % 2**64  # what a generator takes
 
     def adjusted(self, logits_BC: Tensor, targets_B: Tensor) -> Tensor:
         logits_BC = at_least_float32(logits_BC)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import SoftmaxLoss, at_least_float32, by_label, checked_counts, checked_priors
+from .base import SoftmaxLoss, at_least_float32, checked_counts, checked_priors
 
 
 class LDAMLoss(SoftmaxLoss):
@@ -26,5 +26,5 @@ class LDAMLoss(SoftmaxLoss):
 
     def adjusted(self, logits_BC: Tensor, targets_B: Tensor) -> Tensor:
         logits_BC = at_least_float32(logits_BC)
-        margin_B1 = by_label(self.margin_C.to(logits_BC), self.background, 0.0)[targets_B][:, None]
+        margin_B1 = self.by_column(self.margin_C.to(logits_BC), logits_BC)[targets_B][:, None]
         return logits_BC - torch.zeros_like(logits_BC).scatter(1, targets_B[:, None], margin_B1)

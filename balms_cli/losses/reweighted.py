@@ -75,8 +75,8 @@ class SigmoidFocalLoss(SigmoidLoss):
 
 
 class ReweightedLoss(SoftmaxLoss):
-    """Another loss with class weights: sum_i w_{y_i} l_i / sum_i w_{y_i}. ``weights_C``: positive (else ValueError); only
-    their ratios count.
+    """Another loss with class weights: sum_i w_{y_i} l_i / sum_i w_{y_i}. ``weights_C``: positive and finite (else
+    ValueError); only their ratios count.
 
     Around a loss with ``background``: background rows weigh 1, the weights are taken as they are, and the sum is divided by
     the number of rows.
@@ -85,8 +85,8 @@ class ReweightedLoss(SoftmaxLoss):
     def __init__(self, loss: SoftmaxLoss, weights_C):
         super().__init__(background=loss.background)
         weights_C = torch.as_tensor(weights_C, dtype=torch.float64).flatten()
-        if not (weights_C > 0).all():
-            raise ValueError("class weights must be positive")
+        if not ((weights_C > 0) & weights_C.isfinite()).all():
+            raise ValueError("class weights must be positive and finite")
         self.loss = loss
         if self.background is None:
             # Mean 1 over the classes, as Cui et al. scale theirs: a single term stays readable.

@@ -75,23 +75,30 @@ def influence(
     form only; ``weights_B`` as numbers, made by who knows all rows; ``meta_loss`` plain cross-entropy or a loss of
     ``balms_cli.losses``, whose terms and denominator can be summed apart.
 
-    Raises ValueError for an optimizer whose step is not the one above, for closed-form on another model, and for ``total``
-    with what it does not do.
+    Raises ValueError for an optimizer whose step is not the one above or that lacks a parameter, for closed-form on another
+    model, and for ``total`` with what it does not do.
     """
     if method == "auto":
         method = "closed-form" if _is_linear_head(model) else "jvp"
     routes = {"closed-form": _closed_form, "jvp": _forward_mode, "higher": _through_higher}
     if method not in routes:
         raise ValueError(f"method {method!r}: choose one of {', '.join(routes)}")
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise ValueError(f"influence looks one step of torch.optim.SGD ahead, not of {type(optimizer).__name__}")
     if any(group["dampening"] or group["maximize"] for group in optimizer.param_groups):
         raise ValueError("influence is exact for SGD without dampening and without maximize")
-    if total is None:
-        return routes[method](model, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
-    if method != "closed-form":
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if missing := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
+        raise ValueError(f"the optimizer does not hold '{missing[0]}': add it there, or freeze it by requires_grad_(False)")
+    if total is not None and method != "closed-form":
         raise ValueError(f"influence over several processes is computed in closed form, for an nn.Linear, not by {method}")
-    if callable(weights_B):
+    if total is not None and callable(weights_B):
         raise ValueError("influence over several processes takes weights as a tensor: a function would see the losses of one")
-    return _closed_form(model, optimizer, loss, batch, meta_batch, weights_B, meta_loss, total)
+    if method != "closed-form":
+        return routes[method](model, optimizer, loss, batch, meta_batch, weights_B, meta_loss)
+    # In the head's own type, as ``Classifier`` runs it: autocast would round the products, and the gradients with them.
+    with torch.autocast(batch[1].device.type, enabled=False):
+        return _closed_form(model, optimizer, loss, batch, meta_batch, weights_B, meta_loss, total)
 
 
 def sgd_lookahead(params: Params, grads: Params, optimizer: torch.optim.SGD) -> tuple[Params, dict[str, float]]:
@@ -120,6 +127,7 @@ def _closed_form(head, optimizer, loss, batch, meta_batch, weights_B, meta_loss,
     if not _is_linear_head(head):
         raise ValueError(f"closed form: only for an nn.Linear learnt as a whole, not {type(head).__name__}: use method='jvp'")
     (features_BD, targets_B), (meta_MD, meta_targets_M) = batch, meta_batch
+    features_BD, meta_MD = features_BD.to(head.weight.dtype), meta_MD.to(head.weight.dtype)
     params = dict(head.named_parameters())
     logits_BC = F.linear(features_BD, head.weight.detach(), None if head.bias is None else head.bias.detach())
     losses_B, dlogits_BC = _with_gradient(loss, logits_BC, targets_B)
@@ -185,7 +193,7 @@ def _mean_with_gradient(meta_loss: Callable, logits_MC: Tensor, targets_M: Tenso
         return _by_autograd(meta_loss, logits_MC, targets_M)
     losses_M, gradient_MC = meta_loss.with_gradient(logits_MC, targets_M)
     count = _denominator(meta_loss, targets_M)
-    return losses_M.sum() / count, gradient_MC.div_(count)
+    return (losses_M.sum() / count).to(losses_M.dtype), gradient_MC.div_(count)
 
 
 def _share_with_gradient(meta_loss: Callable, logits_MC: Tensor, targets_M: Tensor, total: Callable) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ instance-balanced sampling, class-balanced means r_c proportional to 1/n_c. r = 
 Eq 79 has log and exp misplaced; what is drawn is softmax((log rho + g) / tau) over the images with Gumbel noise g, made
 one-hot by argmax, with the gradient of the softmax (straight-through). Three estimators of d L_meta / d theta:
 
-* ``image``: as the text has it, B x N, computed a few rows at a time so that memory stays bounded;
+* ``image``: as the text has it, B x N, computed a few rows at a time so that memory stays bounded (noise of 24 bits ties at
+  the top where there are millions of images, and the first of equals is drawn);
 * ``class``: the same law from B x C: Gumbel over classes with logits log n_c + log r_c, then a uniform image of the class;
 * ``expected``: no Gumbel: the derivative of P(class) times the mean influence of the class. Eq 81 keeps only the drawn
   entry, so with the other two a constant loss gives a gradient whose expectation is not zero; here it is exactly zero.
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..losses.base import checked_counts
 
 # Entries of the B x N matrix that the image estimator holds at a time: 16 MB a tensor in float32.
 _CHUNK_ENTRIES = 4_000_000
@@ -34,7 +37,7 @@ class Draw(NamedTuple):
 
 
 class MetaSampler(nn.Module):
-    """Learnable class sample rates. ``class_counts``: training images a class [C].
+    """Learnable class sample rates. ``class_counts``: training images a class [C], at least one each, else ValueError.
 
     A training loop draws a batch, gets its influence (``balms_cli.influence``), sets ``theta.grad`` to
     ``gradient(draw, influence_B)`` and steps an Adam (lr 0.01, betas 0.9 and 0.99 in the paper) on ``theta``.
@@ -44,9 +47,9 @@ class MetaSampler(nn.Module):
         super().__init__()
         if estimator not in ("class", "image", "expected"):
             raise ValueError(f"estimator {estimator!r}: choose class, image or expected")
-        counts_C = torch.as_tensor(class_counts, dtype=torch.int64)
-        if (counts_C <= 0).any():
-            raise ValueError("every class needs at least one training image")
+        if not temperature > 0:
+            raise ValueError(f"the temperature of the relaxed draw must be above 0, got {temperature}")
+        counts_C = checked_counts(torch.as_tensor(class_counts, dtype=torch.int64)).long()
         self.estimator, self.temperature = estimator, temperature
         self.theta = nn.Parameter(torch.zeros(len(counts_C)))
         self.register_buffer("counts_C", counts_C, persistent=False)

@@ -130,7 +130,7 @@ def _bounds(tested_C, gained_C, lost_C, weights_C, drawn_D, paired: bool) -> tup
     value, images = gained - lost, 1 / float(part_C.sum())
     moved_C, net_C = (gained_C + lost_C) / n_C, (gained_C - lost_C) / n_C
     silent = part_C[np.isclose(moved_C, net_C**2)].sum() > part_C.sum() / 2 and np.count_nonzero(weights_C) < _MANY
-    if min(gained + lost, 1 - gained, 1 - lost) * images >= _FEW and not silent:
+    if round(min(gained + lost, 1 - gained, 1 - lost) * images, 6) >= _FEW and not silent:
         low, high = np.quantile(drawn_D, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     elif paired:
         low, high = _bonett_price(gained * images, lost * images, images)

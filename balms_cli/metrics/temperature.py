@@ -21,7 +21,7 @@ def fit_temperature(logits_NC: np.ndarray, labels_N: np.ndarray, shift_C: np.nda
     shift_C = np.zeros(logits_NC.shape[1]) if shift_C is None else shift_C
 
     def slope(inverse: float) -> float:
-        """Of the negative log-likelihood, by 1/T: the mean of E_p[z] - z_label."""
+        """Of the negative log-likelihood, by 1/T: the sum of E_p[z] - z_label."""
         total, step = 0.0, max(1, _CHUNK // logits_NC.shape[1])
         for rows in (slice(start, start + step) for start in range(0, len(labels_N), step)):
             z_BC = logits_NC[rows].astype(np.float64)

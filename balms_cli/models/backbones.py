@@ -7,9 +7,10 @@ import difflib
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from . import timm_networks
 from .resnet_cifar import DEPTHS, ResNetCifar
 
@@ -52,7 +53,8 @@ def list_backbones() -> list[tuple[str, str]]:
 def build_backbone(name: str, image_size: int) -> nn.Module:
     """A network from images [B, 3, image_size, image_size] to features [B, D], with ``feature_dim`` D.
 
-    Raises ConfigError for an unknown name, with the nearest known one, and for a timm network where timm is missing.
+    Raises ConfigError for an unknown name, with the nearest known one, for a size that the network cannot take, and for a
+    timm network where timm is missing.
     """
     if name in CIFAR_NAMES:
         return ResNetCifar(int(name.removeprefix("resnet")))
@@ -67,12 +69,34 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
     else:
         # Vision transformers have one position code a patch, so they must know the size when they are built.
         sized = {"image_size": image_size} if name.startswith("vit") else {}
-        network = torchvision_models().get_model(name, weights=None, **sized)
+        try:
+            network = torchvision_models().get_model(name, weights=None, **sized)
+        except AssertionError as error:
+            raise _wrong_size(name, image_size, error) from None
     path, last = [(path, m) for path, m in network.named_modules() if isinstance(m, nn.Linear)][-1]
     parent, _, attribute = path.rpartition(".")
     setattr(network.get_submodule(parent), attribute, nn.Identity())
     network.feature_dim = last.in_features
+    _try_size(network, name, image_size)
     return network
+
+
+def _try_size(network: nn.Module, name: str, image_size: int) -> None:
+    """One image through the network, on torch's meta device: nothing is computed, but sizes that do not fit are found."""
+    tensors = {key: t.to("meta") for key, t in [*network.named_parameters(), *network.named_buffers()]}
+    training = network.training
+    try:
+        with torch.no_grad():
+            functional_call(network.eval(), tensors, (torch.zeros(1, 3, image_size, image_size, device="meta"),))
+    except NotImplementedError:  # a layer that the meta device does not know
+        pass
+    except (RuntimeError, AssertionError) as error:
+        raise _wrong_size(name, image_size, error) from None
+    network.train(training)
+
+
+def _wrong_size(name: str, image_size: int, error: Exception) -> ConfigError:
+    return ConfigError(f"{name} does not take images of {image_size} px: {one_line(error)}; choose another --image-size")
 
 
 class Weightless(TorchFunctionMode):

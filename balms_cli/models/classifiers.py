@@ -91,8 +91,9 @@ def tau_normalised(stage1: nn.Linear, tau: float) -> nn.Linear:
 
     Classifiers trained on a long tail give frequent classes long rows; tau = 1 makes all of one length.
     """
-    norm_C = stage1.weight.detach().norm(dim=1).clamp_min(torch.finfo(stage1.weight.dtype).tiny)
-    return _linear(stage1.weight.detach() / norm_C[:, None] ** tau, stage1.bias.detach().clone())
+    # Kept above zero as a power: a row of zeros stays one, whatever tau.
+    length_C1 = (stage1.weight.detach().norm(dim=1, keepdim=True) ** tau).clamp_min(torch.finfo(stage1.weight.dtype).tiny)
+    return _linear(stage1.weight.detach() / length_C1, stage1.bias.detach().clone())
 
 
 def nearest_class_mean(features_ND: Tensor, labels_N: Tensor, classes: int, scale: float = COSINE_SCALE) -> CosineHead:

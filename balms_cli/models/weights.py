@@ -10,8 +10,10 @@ import json
 import math
 import os
 import re
+from collections import OrderedDict
 from importlib import metadata
 from pathlib import Path
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -46,22 +48,43 @@ def load_weights(backbone: nn.Module, name: str, weights: str, *, offline: bool)
     if "_conv_stem.weight" in state and hasattr(backbone, "conv_stem"):
         state = from_efficientnet_pytorch(state, backbone)
     own = backbone.state_dict()
-    if name.startswith(timm_networks.PREFIX) and _unfit(own, state):
-        state = timm_networks.adapt(state, backbone)
+    if _unfit(own, state):
+        timms = name.startswith(timm_networks.PREFIX)
+        state = timm_networks.adapt(state, backbone) if timms else {_newer_name(k): v for k, v in state.items()}
     if told := _unfit(own, state):
         raise CheckpointError(f"--weights {weights} is not of a {name}: {told}")
-    backbone.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    fill(backbone, own | {k: v for k, v in state.items() if k in own})
     return normalisation
+
+
+def fill(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """All weights of ``network`` from ``tensors`` of just its names; a file of these has not torch's marks of versions, which
+    MNASNets ask for, so they are the network's own. Raises RuntimeError where names or shapes differ."""
+    state = OrderedDict(tensors)
+    state._metadata = network.state_dict()._metadata
+    network.load_state_dict(state)
 
 
 def _unfit(own: dict[str, Tensor], state: dict[str, Tensor]) -> str | None:
     """Why a network with the tensors ``own`` cannot be filled from ``state``, if so."""
-    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
+    wrong = [k for k in own if k in state and not (state[k].shape == own[k].shape and _is_plain(state[k]))]
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     if not wrong and not missing:
         return None
-    what = f"'{wrong[0]}' has another shape" if wrong else f"{len(missing)} of {len(own)} tensors are missing"
-    return f"{what}, e.g. '{(wrong or missing)[0]}'"
+    if not wrong:
+        return f"{len(missing)} of {len(own)} tensors are missing, e.g. '{missing[0]}'"
+    return f"'{wrong[0]}' {'has another shape' if _is_plain(state[wrong[0]]) else 'is no dense tensor of real numbers'}"
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Dense and real: what torch can copy into a network, value by value."""
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_complex() or tensor.is_meta)
+
+
+def _newer_name(key: str) -> str:
+    """torchvision's published DenseNets and ViTs have names of older versions, which its own loaders change like this."""
+    key = re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", key)
+    return key.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
 
 
 def from_efficientnet_pytorch(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
@@ -151,6 +174,15 @@ def _file_normalisation(path: Path, name: str) -> Normalisation:
     return (None, None) if name in CIFAR_NAMES else (IMAGENET_MEAN, IMAGENET_STD)
 
 
+def _refuse_bomb(path: Path) -> None:
+    """torch never compresses, nor lets parts overlap, but would unpack what a stranger did: a small file fills the memory."""
+    if is_zipfile(path):
+        with ZipFile(path) as archive:
+            inside = sum(part.file_size for part in archive.infolist())
+        if inside > path.stat().st_size:
+            raise ValueError(f"it is compressed, which no such file is: {inside} bytes inside, {path.stat().st_size} outside")
+
+
 def _header_normalisation(text: str, path: Path) -> Normalisation:
     """What a checkpoint of balms says of itself; the file may be a stranger's."""
     try:
@@ -173,6 +205,7 @@ def read_tensors(path: Path, told: str) -> dict[str, Tensor]:
 
             state = load_file(path)
         else:
+            _refuse_bomb(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen kinds here
         raise CheckpointError(f"--weights {told} cannot be read as tensors: {one_line(error)}") from None

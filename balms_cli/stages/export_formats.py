@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, ConfigError, one_line
 from ..models.backbones import build_backbone, describe, holds, in_torchvision
 from ..models.classifiers import Classifier, CosineHead
+from ..models.weights import fill
 
 FORMAT, WEIGHTS, SIDECAR = "balms-export 1", "model.safetensors", "config.json"
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -181,7 +182,7 @@ def _built(content: bytes, sidecar: dict[str, Any]) -> Classifier:
         raise ValueError(f"it does not hold a {name:.40}")
     head = CosineHead(features, classes) if sidecar["head"] == "cosine" else nn.Linear(features, classes)
     model = Classifier(build_backbone(name, size), head)
-    model.load_state_dict(tensors)
+    fill(model, tensors)
     return model.eval()
 
 
