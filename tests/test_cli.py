@@ -3,11 +3,17 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from balms_cli.engine.run_dir import clear_run, new_run
+from balms_cli.errors import ConfigError
 
 from .conftest import SMALL, draw_photos, invoke
 
@@ -64,6 +70,21 @@ class TestStreams:
     def test_quiet_says_nothing(self, balms, chain):
         assert balms("evaluate", chain.pretrained, "--quiet").err == ""
 
+    def test_streams_that_are_closed_are_done_without(self, chain, tmp_path):
+        """A file that is opened then would get the number of stdout or stderr, and whatever is written there."""
+        command = f"{sys.executable} -m balms_cli make-lt {chain.photos} --as-is --workspace {tmp_path} --json <&- >&- 2>&-"
+        assert subprocess.run(["sh", "-c", command], check=False).returncode == 0
+        (made,) = (tmp_path / "data").iterdir()
+        assert all((made / name).read_bytes() == (chain.manifest / name).read_bytes() for name in ("train.csv", "test.csv"))
+
+    def test_who_closes_stdout_ends_it_without_a_word(self, chain):
+        command = [sys.executable, "-m", "balms_cli", "make-lt", str(chain.photos), "--as-is", "--dry-run", "--print-config"]
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, "")
+
     def test_no_terminal_codes_reach_a_pipe(self, balms, chain):
         outcome = balms("evaluate", chain.pretrained)
         assert "\x1b" not in outcome.err and "\x1b" not in outcome.out
@@ -114,16 +135,59 @@ class TestArtefacts:
         assert "leaves it alone" in error_of(balms("pretrain", chain.manifest, "--out", tmp_path / "thesis", "--overwrite"), 2)
         assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
 
+    def test_two_runs_that_begin_together_never_share_a_folder(self, tmp_path):
+        """Both have looked for a free name before either has made its folder: reading the images comes between."""
+        ours, theirs, third = (new_run("pretrain", "x", workspace=tmp_path, out=None, overwrite=False) for _ in range(3))
+        assert ours.path == theirs.path
+        for run in (theirs, ours, third):
+            clear_run(run)
+            (run / "config.toml").write_text("")
+        assert [r.path.name for r in (theirs, ours, third)] == ["pretrain-x", "pretrain-x-2", "pretrain-x-3"]
+        out = tmp_path / "mine"
+        first, second = (new_run("pretrain", "x", workspace=tmp_path, out=out, overwrite=True) for _ in range(2))
+        clear_run(first)
+        (first / "config.toml").write_text("first")
+        with pytest.raises(ConfigError, match=r"has begun in .*mine meanwhile"):
+            clear_run(second)
+        assert (first / "config.toml").read_text() == "first"
+
+    def test_what_overwrite_takes_away_and_in_which_order(self, tmp_path, monkeypatch):
+        out = tmp_path / "run"
+        out.mkdir()
+        ours = ["model.safetensors", "rates.json", "resume.pt", "report.json", "metrics.jsonl", "MODEL_CARD.md",
+                "temperature.json", "rates.csv", "rates.png", "config.toml"]  # fmt: skip
+        for name in (*ours, "notes.txt"):
+            (out / name).write_text(name)
+        for name in ("features", "tensorboard", "export"):
+            (out / name).mkdir()
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            clear_run(new_run("pretrain", "x", workspace=tmp_path, out=out, overwrite=True))
+        assert (out / "config.toml").exists() and not (out / "model.safetensors").exists()  # still a run's, and no result
+        monkeypatch.undo()
+        clear_run(new_run("pretrain", "x", workspace=tmp_path, out=out, overwrite=True))
+        assert [p.name for p in out.iterdir()] == ["notes.txt"]
+
     def test_a_run_is_never_overwritten_by_what_starts_from_it(self, balms, chain):
         before = (chain.pretrained / "model.safetensors").read_bytes()
         told = error_of(balms("retrain", chain.pretrained, *FEW, "--out", chain.pretrained, "--overwrite"), 2)
         assert "starts from" in told and (chain.pretrained / "model.safetensors").read_bytes() == before
 
-    def test_a_run_table_without_its_data_is_damaged(self, balms, chain, tmp_path):
+    def test_a_damaged_configuration_is_never_gone_on_with(self, balms, chain, tmp_path):
         (tmp_path / "run").mkdir()
-        text = (chain.pretrained / "config.toml").read_text()
-        (tmp_path / "run" / "config.toml").write_text(text.replace("manifest = ", "was = "))
-        assert "damaged" in error_of(balms("pretrain", "--resume", tmp_path / "run"), 4)
+        file, text = tmp_path / "run" / "config.toml", (chain.pretrained / "config.toml").read_text()
+        recipe, _, _ = text.partition("[source]")
+        for spoilt, told in {
+            text.replace("manifest = ", "was = "): "does not say what the run began with",
+            text.replace('device = "cpu"', "device = 3"): "does not say what the run began with",
+            recipe: "is damaged: it has no tables", "": "is damaged: it has no tables",
+            "pretrain = 3\nsource = 1\nrun = 2\n": "is damaged: it has no tables",
+            "x = " + "[" * 50_000: "cannot be read", "[": "cannot be read",
+        }.items():  # fmt: skip
+            file.write_text(spoilt)
+            assert told in error_of(balms("pretrain", "--resume", tmp_path / "run"), 4)
+        file.write_text(text.replace("lr = 0.05", "lr = -1"))
+        assert "got -1 (file config.toml)" in error_of(balms("pretrain", "--resume", tmp_path / "run"), 2)
 
     def test_a_run_folder_holds_what_the_contract_says(self, chain):
         names = {p.name for p in chain.pretrained.iterdir()}
@@ -132,8 +196,9 @@ class TestArtefacts:
         assert document["pretrain"]["steps"] == 12 and document["source"]["steps"] == "flag"
         assert document["source"]["image_size"] == "flag --set" and document["source"]["momentum"] == "default"
         assert document["run"]["manifest"] == str(chain.manifest) and document["run"]["versions"]["balms"]
-        steps = [json.loads(line)["step"] for line in (chain.pretrained / "metrics.jsonl").read_text().splitlines()]
-        assert steps == list(range(1, 13))
+        records = [json.loads(line) for line in (chain.pretrained / "metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records] == list(range(1, 13))
+        assert json.loads((chain.pretrained / "report.json").read_text())["final_loss"] == records[-1]["loss"]
 
     def test_the_same_command_twice_makes_two_runs(self, balms, chain):
         first, second = (balms("retrain", chain.pretrained, *FEW).out.strip() for _ in range(2))
@@ -173,11 +238,76 @@ class TestOptions:
         assert not (tmp_path / "ws").exists()
 
     def test_resume_takes_no_other_training_option(self, balms, chain):
-        told = error_of(balms("pretrain", "--resume", chain.pretrained, "--lr", "0.2", "--set", "steps=3"), 2)
-        assert "--lr" in told and "--set" in told
+        given = ["--lr", "0.2", "--set", "steps=3", "--out", "x", "--config", "y", "--preset", "z", "--overwrite", "--dry-run"]
+        told = error_of(balms("pretrain", chain.manifest, "--resume", chain.pretrained, *given, "--print-config"), 2)
+        assert told.endswith("(given: --lr, --config, --preset, --out, --data, --set, --overwrite, --dry-run, --print-config)")
         assert balms("pretrain", "--resume", chain.pretrained).out.strip() == str(chain.pretrained)  # complete: nothing to do
         assert "balms pretrain --resume" in error_of(balms("retrain", "--resume", chain.pretrained), 4)
         assert "not a run" in error_of(balms("retrain", "--resume", chain.photos), 4)
+
+    def test_interrupted_before_the_first_step_or_after_the_last(self, balms, chain, tmp_path, monkeypatch):
+        from balms_cli.stages import decoupled, retrain
+
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        for place, name in ((decoupled, "read_features"), (retrain, "finish")):
+            out = tmp_path / name
+            with monkeypatch.context() as patch:
+                patch.setattr(place, name, stop)
+                told = error_of(balms("retrain", chain.pretrained, *FEW, "--out", out, "--quiet"), 130)
+            assert told.endswith(f"go on with: balms retrain --resume {out}")
+            assert balms("retrain", "--resume", out, "--quiet").out == f"{out}\n"
+        monkeypatch.setattr(retrain, "run", stop)
+        told = error_of(balms("retrain", chain.pretrained, *FEW, "--out", tmp_path / "none", "--quiet"), 130)
+        assert told == "error: interrupted; run the same command again" and not (tmp_path / "none").exists()
+
+    def test_a_restart_of_torchrun_goes_on_with_its_own_run_alone(self, balms, chain, tmp_path, monkeypatch):
+        """torchrun starts again after every exit code but 0, also after that of a refusal."""
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        command = ["pretrain", str(chain.manifest), *SMALL, "--out", str(tmp_path / "r"), "--quiet"]
+        monkeypatch.setattr(sys, "argv", ["balms", *command])
+        assert balms(*command).code == 0
+        before = (tmp_path / "r" / "model.safetensors").read_bytes()
+        assert balms(*command).out.strip() == str(tmp_path / "r")  # the same command: complete
+        monkeypatch.setattr(sys, "argv", ["balms", *command, "--seed", "1"])
+        assert "is not empty" in error_of(balms(*command, "--seed", "1"), 2)
+        assert (tmp_path / "r" / "model.safetensors").read_bytes() == before
+        monkeypatch.setattr(sys, "argv", ["balms", *command, "--seed", "1", "--overwrite"])
+        assert balms(*command, "--seed", "1", "--overwrite").code == 0
+        assert (tmp_path / "r" / "model.safetensors").read_bytes() != before
+        assert tomllib.loads((tmp_path / "r" / "config.toml").read_text())["pretrain"]["seed"] == 1
+
+    def test_a_run_goes_on_with_the_data_and_the_checkpoint_that_it_began_with(self, balms, chain, tmp_path):
+        data, parent, run = tmp_path / "data", tmp_path / "parent", tmp_path / "run"
+        shutil.copytree(chain.manifest, data)
+        shutil.copytree(chain.pretrained, parent)
+        assert balms("retrain", parent, "--data", data, *FEW, "--out", run).code == 0
+        (run / "model.safetensors").unlink()  # as if stopped before its end
+        assert balms("retrain", "--resume", run).code == 0
+        (run / "model.safetensors").unlink()
+        other = tmp_path / "other"
+        assert balms("make-lt", chain.photos, "--imbalance", "20", "--out", other).code == 0
+        shutil.rmtree(data)
+        shutil.copytree(other, data)
+        assert f"{data} is no longer the data" in error_of(balms("retrain", "--resume", run), 4)
+        shutil.rmtree(data)
+        assert error_of(balms("retrain", "--resume", run), 3)
+        shutil.copytree(chain.manifest, data)
+        with (parent / "model.safetensors").open("ab") as file:
+            file.write(b" ")
+        assert "is no longer the checkpoint" in error_of(balms("retrain", "--resume", run), 4)
+        (parent / "model.safetensors").unlink()
+        assert "is no longer the checkpoint" in error_of(balms("retrain", "--resume", run), 4)
+
+    def test_data_that_is_gone_is_asked_for(self, balms, chain, tmp_path):
+        data = tmp_path / "data"
+        shutil.copytree(chain.manifest, data)
+        trained = balms("pretrain", data, *SMALL, "--quiet").out.strip()
+        shutil.rmtree(data)
+        told = error_of(balms("retrain", trained, *FEW), 3)
+        assert f"no longer at {data}; say where it is by --data" in told
+        assert balms("retrain", trained, *FEW, "--data", chain.manifest, "--quiet").code == 0
 
     def test_seeds_repeat_and_differ(self, balms, chain):
         def head(*more):
@@ -234,6 +364,7 @@ class TestGates:
         failed = balms("evaluate", chain.pretrained, "--require", "top1<0", "--json")
         assert failed.code == 6 and "top1" in json.loads(failed.out) and "is not met" in failed.err
         assert "empty" in error_of(balms("evaluate", chain.pretrained, "--require", "many<=1"), 2)
+        assert "say where by --report" in error_of(balms("evaluate", chain.pretrained, "--overwrite"), 2)
         assert "did you mean 'few'" in error_of(balms("evaluate", chain.pretrained, "--require", "fwe>=0"), 2)
 
 
@@ -335,6 +466,31 @@ class TestBadInput:
         assert "cannot write" in error_of(balms("pretrain", chain.manifest, *SMALL, "--out", tmp_path / "ro" / "x"), 2)
         assert not list((tmp_path / "ro").iterdir())
 
+    def test_names_that_no_folder_can_have(self, balms, chain, tmp_path):
+        for name, told in (("x" * 300, "too long"), ("a\nb", r"a\nb has control"), ("run\udcff", "not UTF-8")):
+            assert told in error_of(balms("pretrain", chain.manifest, *SMALL, "--out", tmp_path / name), 2)
+        assert "control characters" in error_of(balms("pretrain", chain.manifest, *SMALL, "--workspace", tmp_path / "\x1b"), 2)
+        assert list(tmp_path.iterdir()) == []
+        photos = draw_photos(tmp_path / "run\udcff" / "photos", {"cat": 5, "dog": 4})
+        assert "not UTF-8: rename it" in error_of(balms("make-lt", photos, "--as-is"), 2)
+
+    def test_what_may_not_be_read_is_not_told_as_written(self, balms, chain, monkeypatch):
+        from balms_cli.cli import inputs
+
+        def forbidden(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(inputs, "model_file", forbidden)
+        told = error_of(balms("evaluate", chain.pretrained), 2)
+        assert told.startswith(f"error: {chain.pretrained}: Permission denied") and "write" not in told
+
+    @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] CPUAllocator: can't allocate memory")])
+    def test_too_large_a_batch_is_no_bug(self, balms, chain, monkeypatch, error):
+        from balms_cli.stages import evaluate
+
+        monkeypatch.setattr(evaluate, "summarise", lambda *_: (_ for _ in ()).throw(error))
+        assert "give a smaller --batch-size" in error_of(balms("evaluate", chain.pretrained, "--quiet"), 1)
+
     def test_out_below_a_file_is_one_line(self, balms, chain, tmp_path):
         (tmp_path / "file").write_text("")
         assert "cannot write" in error_of(balms("pretrain", chain.manifest, *SMALL, "--out", tmp_path / "file" / "x"), 2)
@@ -343,6 +499,42 @@ class TestBadInput:
 def test_a_bug_of_ours_is_exit_1_and_the_traceback_comes_with_debug(balms, chain, monkeypatch):
     from balms_cli.stages import evaluate
 
-    monkeypatch.setattr(evaluate, "summarise", lambda *_: 1 / 0)
-    assert "ZeroDivisionError" in error_of(balms("evaluate", chain.pretrained, "--quiet"), 1)
+    def bug(*_):
+        raise TypeError("a message of torch's\nwhich has\nmany lines")
+
+    monkeypatch.setattr(evaluate, "summarise", bug)
+    assert "TypeError: a message of torch's (a bug" in error_of(balms("evaluate", chain.pretrained, "--quiet"), 1)
+    monkeypatch.setenv("RANK", "1")  # of several processes each tells a bug of its own; process 0 what all of them met
+    assert "TypeError" in error_of(balms("evaluate", chain.pretrained, "--quiet"), 1)
+    mistake = balms("evaluate", chain.pretrained, "--quiet", "--require", "fwe>=0")
+    assert (mistake.code, mistake.err) == (2, "")
     assert "Traceback" in balms("evaluate", chain.pretrained, "--quiet", "--debug").err
+
+
+@pytest.mark.parametrize("stage", ["retrain", "meta-sample", "audit"])
+def test_a_stage_that_takes_one_refuses_several_on_stdin(chain, stage):
+    named = chain.manifest if stage == "audit" else chain.pretrained
+    refused = invoke(stage, "-", stdin=f"{named}\n{named}\n")
+    assert refused.code == 2 and "stdin names 2" in refused.err and refused.out == ""
+
+
+def test_a_run_goes_on_only_with_the_rates_that_it_began_with(chain, tmp_path, monkeypatch):
+    from balms_cli.engine.optim import Guard
+
+    rates, run, step, taken = tmp_path / "rates.json", tmp_path / "run", Guard.step, []
+    rates.write_text(json.dumps({"rates": {"cat": 1.0, "dog": 2.0, "emu": 3.0}}))
+
+    def stop_at_the_third(self, loss, *optimizers):
+        step(self, loss, *optimizers)
+        taken.append(1)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "step", stop_at_the_third)
+        assert invoke("retrain", chain.pretrained, *FEW, "--sampler", rates, "--out", run, "-q").code == 130
+    told = rates.read_text()
+    rates.write_text(told.replace("3.0", "4.0"))
+    assert "no longer has the rates" in error_of(invoke("retrain", "--resume", run), 4)
+    rates.write_text(told)
+    assert invoke("retrain", "--resume", run, "-q").code == 0

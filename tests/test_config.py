@@ -5,7 +5,7 @@ import tomllib
 import pytest
 
 from balms_cli import presets
-from balms_cli.config import parse_set, read_file, resolve
+from balms_cli.config import DETECT_LOSSES, family_of, parse_set, read_file, resolve
 from balms_cli.errors import ConfigError
 
 
@@ -30,6 +30,7 @@ def test_the_dump_reads_back_as_the_same_configuration(tmp_path):
     assert preset == "paper"
     document = tomllib.loads(found.to_toml())
     assert document["source"]["steps"] == "preset paper" and document["source"]["seed"] == "flag"
+    assert document["source"].keys() == document["pretrain"].keys()  # TOML has no null
 
 
 def test_all_unknown_keys_are_told_at_once_with_the_nearest_known_one():
@@ -48,6 +49,9 @@ def test_wrong_values_name_key_value_and_layer():
 @pytest.mark.parametrize("text, told", [
     ("steps = 3\n", "put it under [pretrain]"), ("[pretain]\nsteps = 3\n", "did you mean 'pretrain'"),
     ("[pretrain\n", "--config"), ("colour = 3\n", "unknown table or key 'colour'"),
+    ("preset = ['quick']\n", "preset is the name of a recipe"), ("preset = 3\n", "preset is the name of a recipe"),
+    ("[[pretrain]]\nsteps = 3\n", "'pretrain' is no table; write [pretrain]"), ("retrain = 3\n", "'retrain' is no table"),
+    ("a = " + "[" * 50_000, "--config"), ("[pretrain]\nseed = " + "9" * 5000, "--config"),
 ])  # fmt: skip
 def test_a_file_with_a_mistake_is_refused(tmp_path, text, told):
     (tmp_path / "f.toml").write_text(text)
@@ -69,12 +73,61 @@ def test_steps_and_epochs_replace_one_another_across_layers():
         resolve("pretrain", flags={"steps": None})
 
 
+def test_steps_and_epochs_in_one_breath_are_a_contradiction(tmp_path):
+    for layer in ({"flags": {"steps": 3, "epochs": 2.0}}, {"sets": parse_set(["epochs=2", "steps=3"])}):
+        with pytest.raises(ConfigError, match="either steps or epochs"):
+            resolve("pretrain", **layer)
+    assert resolve("pretrain", preset=("p", {"steps": 3}), flags={"epochs": None}).config.steps == 3
+    assert resolve("pretrain", flags={"steps": 3}, sets={"epochs": 2}).config.steps is None
+
+
+@pytest.mark.parametrize("key, text, told", [
+    ("steps", "true", "steps: should be a number, got True"), ("lr", "false", "lr: should be a number"),
+    ("workers", "true", "workers: should be a number"), ("frozen", "7", "frozen: "), ("augment", "crop", "augment: "),
+    ("lr", "inf", "lr: should be a finite number"), ("epochs", "nan", "epochs: should be"), ("loss", "3", "loss: "),
+    ("checkpoint_seconds", "inf", "checkpoint_seconds: "), ("steps", "9" * 5000, "steps: "), ("device", "[1]", "device: "),
+    ("augment", "[" * 50_000, "augment: "), ("seed", "1979-05-27", "seed: "), ("steps", "3\nlr = 9", "steps: "),
+])  # fmt: skip
+def test_a_value_of_the_wrong_kind_is_one_short_line(key, text, told):
+    with pytest.raises(ConfigError) as error:
+        resolve("pretrain", sets=parse_set([f"{key}={text}"]))
+    assert str(error.value).startswith(told) and "flag --set" in str(error.value) and len(str(error.value)) < 500
+
+
+def test_keys_may_be_written_as_their_options_are(tmp_path):
+    assert parse_set(["batch_size=1", "batch-size=2", "batch_size=3"]) == {"batch_size": 3}
+    (tmp_path / "f.toml").write_text("[retrain]\nmeta-sampler = true\n")
+    assert read_file(tmp_path / "f.toml", "retrain")[0] == {"meta_sampler": True}
+
+
 def test_set_reads_toml_and_falls_back_to_text():
     assert parse_set(["steps=3", "augment=['crop']", "loss=balanced", "frozen=true", "meta_betas=[0.8,0.9]"]) == {
         "steps": 3, "augment": ["crop"], "loss": "balanced", "frozen": True, "meta_betas": [0.8, 0.9],
     }  # fmt: skip
     with pytest.raises(ConfigError, match="key=value"):
         parse_set(["steps"])
+
+
+@pytest.mark.parametrize("values, told", [
+    ({"lr_drops": [3, 3]}, "lr_drops are steps in rising order"), ({"lr_drops": [5, 3]}, "lr_drops are steps in rising order"),
+    ({"lr_drops": [0, 3]}, "lr_drops are steps in rising order"), ({"min_sizes": [31, 320]}, "min_sizes are pixels"),
+    ({"min_sizes": []}, "min_sizes: "), ({"meta_betas": [0.9, 1.0]}, "meta_betas: "), ({"require": 3}, "unknown key 'require'"),
+])  # fmt: skip
+def test_what_no_detector_can_be_tuned_with(values, told):
+    with pytest.raises(ConfigError, match=f"^{told}"):
+        resolve("detect-finetune", flags=values)
+
+
+def test_betas_that_adam_refuses_are_refused_before_it():
+    with pytest.raises(ConfigError, match=r"^meta_betas: "):
+        resolve("retrain", sets=parse_set(["meta_betas=[2,3]"]))
+
+
+def test_every_loss_of_a_detector_is_of_one_family():
+    assert [loss for loss in DETECT_LOSSES if family_of(loss) == "sigmoid"] == [
+        "sigmoid", "balanced-sigmoid", "focal", "equalization"]  # fmt: skip
+    assert family_of("ldam") == family_of("class-balanced") == "softmax"
+    assert resolve("detect-evaluate", flags={"require": "AP>=0.1"}).config.require == ["AP>=0.1"]
 
 
 def test_contradictions_between_keys():

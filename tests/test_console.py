@@ -1,5 +1,9 @@
 """What people see off a terminal: plain lines with an ETA, and names shown as they are."""
 
+import io
+import os
+import sys
+
 import pytest
 
 from balms_cli.cli import console
@@ -43,6 +47,55 @@ def test_names_are_text_not_markup(capsys):
     for text in ("[bold]t", "[red]class", "[blink]emu[/]", "[b]x", "[i]a", "[u]2", "see [1]", "warning: [2]"):
         assert text in shown
     assert "error: no such file: [3].png" in shown
+
+
+def test_names_are_not_emoji_and_do_not_steer_the_terminal(capsys):
+    reporter = console.ConsoleReporter()
+    reporter.note("data: /photos/:cat:/:100:")
+    reporter.warn("\x1b[2Jgone\x07")
+    reporter.table("t", ["class", "n"], [["\x1b]0;title\x07emu", "91.7\n64-98"]])
+    reporter.bars("x", ["\x9b1m"], [2.0], ["2"])
+    console.print_error("no \x1b[31mred\udcff")
+    shown = capsys.readouterr().err
+    assert "data: /photos/:cat:/:100:\n" in shown and "64-98" in shown.splitlines()[7]
+    for text in (r"\x1b[2Jgone\x07", r"\x1b]0;title\x07emu", r"\x9b1m", r"error: no \x1b[31mred\udcff"):
+        assert text in shown
+    assert not any(control in shown for control in "\x1b\x07\x9b")
+
+
+def test_bars_begin_below_each_other_whatever_the_names(capsys):
+    console.ConsoleReporter().bars("rates", ["a", "[b]c", "\u732b\u732b", "emu"], [1.0, 0.5, 0.25, 0.0], ["1", "2", "3", "4"])
+    _, *lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" \u2588")[0] for line in lines[:3]] == ["   a", "[b]c", "\u732b\u732b"]
+    assert [line.count("\u2588") for line in lines] == [60, 30, 15, 0] and lines[3] == " emu  4"
+
+
+def test_the_work_goes_on_where_nobody_reads_the_log_any_more(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(os.fdopen(writer, "wb", buffering=0), write_through=True))
+    reporter = console.ConsoleReporter()
+    reporter.note("one")
+    reporter.warn("two")
+    reporter.table("t", ["class"], [["emu"]])
+    with reporter.task("pretrain", 3) as task:
+        task.advance(3, loss=1.0)
+    console.print_error("three")
+
+
+@pytest.mark.parametrize("kind, bars", [("dumb", False), ("xterm", True)])
+def test_bars_are_for_terminals_that_can_move_the_cursor(monkeypatch, kind, bars):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", kind)
+    with console.ConsoleReporter().task("pretrain", 3) as task:
+        task.advance(3, loss=1.0)
+    assert ("\x1b" in shown.getvalue()) is bars and "3/3" in shown.getvalue()
+    assert bars or shown.getvalue().startswith("pretrain: 3/3 steps")
 
 
 def test_quiet_is_silent(capsys):

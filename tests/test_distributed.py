@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from balms_cli.cli.execute import in_world
+from balms_cli.engine import distributed
 from balms_cli.engine.distributed import World, local_device
 from balms_cli.errors import ConfigError
 
@@ -58,6 +61,27 @@ def test_every_process_takes_its_own_gpu_also_where_a_resumed_run_names_that_of_
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert [local_device(n) for n in ("cuda", "cuda:0", "cpu")] == ["cuda:2", "cuda:2", "cpu"]
+
+
+def test_a_world_size_without_torchrun_is_one_line(balms, chain, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = balms("pretrain", chain.manifest, *SMALL)
+    assert told.code == 2 and "RANK expected" in told.err and told.err.count("\n") == 1
+
+
+def test_process_0_speaks_for_all_and_none_reads_stdin(balms, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in ("pretrain", "retrain", "evaluate", "detect evaluate"):
+        assert "no stdin to read" in balms(*command.split(), "-", stdin="x").err
+    for rank, told in ((0, "False spoken\n"), (1, "")):
+        monkeypatch.setattr(distributed, "join", lambda device, rank=rank: nullcontext(World(rank, 2)))
+        in_world(lambda params, world: print(params["quiet"], "spoken"), {"quiet": False})
+        assert capsys.readouterr().out == told
+    quiet = []
+    in_world(lambda params, world: quiet.append(params["quiet"]), {"quiet": False})
+    assert quiet == [True]
 
 
 MICRO = """

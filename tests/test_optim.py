@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from balms_cli.config import PretrainConfig
-from balms_cli.engine.optim import Guard, learning_rate, make_sgd
+from balms_cli.engine.optim import Guard, learning_rate, make_sgd, step_drops
 from balms_cli.errors import DivergedError
 
 
@@ -25,6 +25,45 @@ def test_schedule_at_every_step_of_the_papers_recipe():
 
 def test_schedule_without_warm_up_starts_at_the_peak():
     assert [round(learning_rate(i, 4, peak=1.0), 6) for i in range(4)] == [1.0, 0.853553, 0.5, 0.146447]
+
+
+def test_drops_by_ten_at_their_steps_also_within_the_warm_up():
+    lrs = [step_drops(i, peak=0.8, drops=[3, 6], warmup_steps=4, warmup_factor=0.25) for i in range(8)]
+    assert lrs == pytest.approx([0.2, 0.35, 0.5, 0.065, 0.08, 0.08, 0.008, 0.008])
+    assert [step_drops(i, peak=1.0, drops=[]) for i in (0, 99)] == [1.0, 1.0]
+
+
+def test_what_sgd_decays_and_that_nesterov_needs_momentum():
+    head = nn.Linear(2, 2)
+    optimizer = make_sgd(head, PretrainConfig(momentum=0.0, nesterov=True, weight_decay=0.5, lr=1.0), [head.bias])
+    before = {k: v.clone() for k, v in head.state_dict().items()}
+    head.weight.grad, head.bias.grad = torch.zeros(2, 2), torch.zeros(2)
+    optimizer.step()
+    assert torch.equal(head.weight, before["weight"] / 2) and torch.equal(head.bias, before["bias"])
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+def test_guard_on_a_gpu_flags_the_bad_step_and_all_later_ones_until_somebody_asks():
+    weight = nn.Parameter(torch.ones(3))
+    sgd, adam = (kind([weight], lr=0.1, fused=True) for kind in (torch.optim.SGD, torch.optim.Adam))
+    guard = Guard(torch.device("cpu"))
+    guard.bad = guard.bad.as_subclass(Elsewhere)
+    seen = []
+    for loss in (1.0, float("inf"), 2.0):
+        weight.grad = torch.ones(3)
+        guard.step(torch.tensor(loss), sgd, adam)
+        sgd.found_inf, adam.found_inf = (o.found_inf.as_subclass(torch.Tensor) for o in (sgd, adam))
+        seen.append((sgd.found_inf.item(), adam.found_inf.item()))
+    assert seen == [(0, 0), (1, 1), (1, 1)]
+    with pytest.raises(DivergedError):
+        guard.check()
 
 
 def test_guard_stops_before_the_step_that_would_spoil_the_weights():

@@ -304,7 +304,8 @@ class TestTemperature:
                        {"temperature": 9.0, "model_sha256": "0" * 64}, {"temperature": 9.0, "precision": "fp8"}):
             kept.write_text(json.dumps(json.loads(kept.read_text()) | damage))
             assert predict.load(run_with_val).temperature == found  # fitted anew, and kept
-        for content in ("", "[]", "{", "x" * 20_000):
+        infinite = kept.read_text().replace(f'"images": {found.images}', '"images": 1e999')
+        for content in ("", "[]", "{", "x" * 20_000, "[" * 9000, infinite):
             kept.write_text(content)
             assert predict.load(run_with_val).temperature == found
         kept.unlink()
@@ -367,6 +368,7 @@ class TestCommand:
         (tmp_path / "none" / "a.heic").touch()
         empty = invoke("predict", chain.pretrained, tmp_path / "none")
         assert empty.code == 3 and empty.out == "" and "no images" in empty.err and "1 .heic" in empty.err
+        assert "cannot be decoded here" in empty.err and "convert them" in empty.err
         assert invoke("predict", tmp_path / "none", mixed).code == 4
         assert invoke("predict", chain.pretrained).code == 2
         assert invoke("predict", chain.pretrained, mixed, "--top-k", 0).code == 2

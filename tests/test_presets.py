@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from balms_cli import presets
+from balms_cli import presets, presets_detect
 from balms_cli.config import PretrainConfig, RetrainConfig, resolve
 from balms_cli.errors import ConfigError
 from balms_cli.models.backbones import backbone_names
@@ -48,6 +48,16 @@ def test_every_value_of_a_recipe_has_a_source(stage, name):
     assert set(presets.sources(stage, name)) == set(values) and all(presets.sources(stage, name).values())
     config = PretrainConfig if stage == "pretrain" else RetrainConfig
     assert set(values) <= set(config.model_fields)
+
+
+def test_those_of_detectors_by_device_each_value_with_a_source():
+    for stage in ("detect-train", "detect-finetune"):
+        assert [presets_detect.choose(stage, "any", None, on_gpu=gpu)[0] for gpu in (True, False)] == ["paper", "quick"]
+        for name in ("paper", "reference", "quick"):
+            chosen = presets_detect.choose(stage, "any", name, on_gpu=False)
+            assert presets_detect.sources(stage, name).keys() == chosen[1].keys() and resolve(stage, preset=chosen)
+        with pytest.raises(ConfigError, match="choose paper or reference or quick"):
+            presets_detect.choose(stage, "any", "general", on_gpu=False)
 
 
 def test_other_presets_have_no_sources_of_their_own():

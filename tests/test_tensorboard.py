@@ -161,6 +161,8 @@ def test_what_the_log_has_is_on_disk_already(tmp_path):
     with event_files(ON, folder):
         folder.append_metrics({"step": 4, "loss": 2.5})
         assert read(folder)[0] == {"loss": [(4, 2.5)]}
+    folder.append_metrics({"step": 8, "loss": 2.0})  # to the log alone
+    assert read(folder)[0] == {"loss": [(4, 2.5)]}
 
 
 def test_of_several_processes_only_the_one_that_writes_has_files(tmp_path):

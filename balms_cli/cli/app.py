@@ -10,10 +10,11 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import BalmsError
+from ..errors import BalmsError, one_line
 from . import audit, demo, detect, evaluate, export, make_lt, meta_sample, predict, pretrain, retrain
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 class ErrorBoundary(TyperGroup):
@@ -22,24 +23,13 @@ class ErrorBoundary(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except BalmsError as error:
-            caught, code, message = error, error.exit_code, str(error)
-        except KeyboardInterrupt as error:
-            caught, code, message = error, 130, "interrupted; nothing to resume, run the same command again"
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing to say
-                raise typer.Exit(1) from None
-            from ..data.aside import write_error
-
-            told = write_error(error, error.filename or "the result")
-            caught, code, message = error, 1, _bug(error)
-            if error.errno in _NO_ROOM:
-                code, message = told.exit_code, str(told)
-        except Exception as error:  # Exit and usage errors come by too: they are not bugs
-            if type(error).__module__.split(".")[0] in ("typer", "click"):
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away: nothing to say
+            raise typer.Exit(1) from None
+        except (Exception, KeyboardInterrupt) as error:
+            if type(error).__module__.split(".")[0] in ("typer", "click"):  # Exit and usage errors come by too
                 raise
-            caught, code, message = error, 1, _bug(error)
+            caught, (code, message) = error, _told(error)
         from .console import print_error
 
         if os.environ.get("BALMS_DEBUG") == "1":
@@ -49,10 +39,24 @@ class ErrorBoundary(TyperGroup):
         raise typer.Exit(code)
 
 
-def _bug(error: Exception) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
-        return "out of device memory; give a smaller --batch-size or --image-size (detect train: --set accumulate=2)"
-    return f"{type(error).__name__}: {error} (a bug of balms; --debug shows where)"
+def _told(error: BaseException) -> tuple[int, str]:
+    """Exit code and line for what a subcommand raised."""
+    if isinstance(error, BalmsError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted; run the same command again"
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        from ..data.aside import write_error
+
+        told = write_error(error, error.filename or "the result")
+        return told.exit_code, str(told)
+    if isinstance(error, OSError) and error.errno in _NOT_OURS:  # read or written, who knows: a path that the user named
+        return 2, f"{error.filename or 'a file'}: {error.strerror}; change that, or choose another place"
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:  # how Python keeps such bytes
+        return 2, "the path of a folder or file here has bytes that are not UTF-8: rename it"
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error):
+        return 1, "out of memory; give a smaller --batch-size or --image-size (detect train: --set accumulate=2)"
+    return 1, f"{type(error).__name__}: {one_line(error, 300)} (a bug of balms; --debug shows where)"
 
 
 app = typer.Typer(
@@ -93,4 +97,7 @@ app.command("demo")(demo.command)
 
 
 def main() -> None:
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us: no file of ours may get its number, and be written to
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     app()

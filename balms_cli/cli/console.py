@@ -11,20 +11,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import markup
+from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..data.aside import printable
 from ..reporter import Reporter, Task
 
 _PLAIN_SECONDS = 5.0
 
 
+class _Stderr(Console):
+    def on_broken_pipe(self) -> None:
+        self.quiet = True  # whoever read the log is gone (`2>&1 | head`, Ctrl-C with `| tee`): the work goes on, and is saved
+
+
 def stderr() -> Console:
     """A console on the stderr of this moment (tests and pipes change it). A log is wider than Rich's guess of 80."""
     log = not sys.stderr.isatty() and "COLUMNS" not in os.environ
-    return Console(stderr=True, highlight=False, width=120 if log else None)
+    return _Stderr(stderr=True, highlight=False, emoji=False, width=120 if log else None)
+
+
+def escape(text: str) -> str:
+    """Text as it is: no markup of Rich's, and no control characters, by which a name could steer the terminal."""
+    return markup.escape("\n".join(map(printable, text.split("\n"))))
 
 
 def print_result(result: dict[str, Any] | str) -> None:
@@ -63,16 +75,18 @@ class ConsoleReporter(Reporter):
         self.console.print(table)
 
     def bars(self, title: str, labels: list[str], values: list[float], texts: list[str]) -> None:
-        room = max(10, min(60, self.console.width - 4 - max(map(len, labels)) - max(map(len, texts))))
-        top, wide = max(values) or 1, max(map(len, labels))
+        wide = max(map(cell_len, labels))
+        room = max(10, min(60, self.console.width - 4 - wide - max(map(len, texts))))
+        top = max(values) or 1
         self.console.print(f"[bold]{escape(title)}[/]")
         for label, value, text in zip(labels, values, texts, strict=True):
             bar = "█" * max(1, round(room * value / top)) if value > 0 else ""
-            self.console.print(f"{escape(label):>{wide}} [cyan]{bar}[/] {escape(text)}", soft_wrap=True)
+            indent = " " * (wide - cell_len(label))
+            self.console.print(f"{indent}{escape(label)} [cyan]{bar}[/] {escape(text)}", soft_wrap=True)
 
     @contextmanager
     def task(self, description: str, total: int, unit: str = "step") -> Iterator[Task]:
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.console.is_dumb_terminal:
             yield _PlainTask(self.console, description, total, unit)
             return
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit}s"),

@@ -2,8 +2,11 @@
 
 import io
 import os
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ def resolve_params(stage: str, params: Params, kind: str | None = None, recipes=
     chosen, given = None, {**values, **flags, **sets}
     if kind is not None:
         name = params.get("preset") or preset
-        chosen = presets.choose(stage, kind, name, on_gpu=name is None and _on_gpu(given.get("device", "auto")))
+        chosen = presets.choose(stage, kind, name, on_gpu=name is None and _on_gpu(str(given.get("device", "auto"))))
     return resolve(stage, methods=presets.methods({**(chosen[1] if chosen else {}), **given}), preset=chosen,
                    preset_sources=presets.sources(stage, chosen[0]) if chosen else None,
                    file=(path, values) if path else None, flags=flags, sets=sets)  # fmt: skip
@@ -95,7 +98,10 @@ def _train(stage: str, params: Params, world) -> None:
         from ..engine.run_dir import manifest_of
 
         argument = params["run"]
-        parent = inputs.find_checkpoints([argument] if argument else None, params["workspace"], ("pretrain",), reporter)[0]
+        parents = inputs.find_checkpoints([argument] if argument else None, params["workspace"], ("pretrain",), reporter)
+        if len(parents) != 1:
+            raise ConfigError(f"{stage} takes one run, stdin names {len(parents)}")
+        parent = parents[0]
         manifest = manifest_of(parent, read_header(parent), params["data"])
     resolved = resolve_params(stage, params, presets.kind_of_data(manifest.source["name"], tuple(manifest.image_size)))
     if params["print_config"]:
@@ -141,11 +147,18 @@ def _profile(resolved, manifest, label: str, reporter, params: Params) -> None:
 
 
 def restarted(params: Params) -> Params | None:
-    """After torchrun's own restart (``--max-restarts``) the same command goes on with the run in its ``--out``."""
+    """After torchrun's own restart (``--max-restarts``) the same command goes on with the run in its ``--out``. A run of
+    another command there is none of its own: that was refused, or is to be replaced, and so it is again."""
     from ..engine.run_dir import CONFIG
 
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if not again or params["out"] is None or not (params["out"] / CONFIG).is_file():
+        return None
+    try:
+        begun = tomllib.loads((params["out"] / CONFIG).read_text(encoding="utf-8"))["run"]["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if begun != shlex.join(["balms", *sys.argv[1:]]):
         return None
     kept = ("workspace", "quiet", "json", "debug", "offline", "workers", "tensorboard")
     return {k: v if k in kept else None for k, v in params.items()} | {"resume": params["out"]}
@@ -153,14 +166,16 @@ def restarted(params: Params) -> Params | None:
 
 def agreed(folder, world):
     """Of several processes, all use the folder that process 0 chose, and that one writes in it."""
-    from ..engine.run_dir import RunDir
-
-    return folder if world is None else RunDir(Path(world.agree(str(folder.path))), writes=world.main)
+    if world is not None:
+        folder.path, folder.writes = Path(world.agree(str(folder.path))), world.main
+    return folder
 
 
 def _resume(stage: str, params: Params, reporter, world) -> None:
     from ..data.manifest import Manifest
     from ..engine.run_dir import check_unchanged
+    from ..errors import CheckpointError
+    from ..stages.rates import rates_record
 
     folder, resolved, record = reopen(stage, params, world)
     if folder.complete(stage):
@@ -168,6 +183,9 @@ def _resume(stage: str, params: Params, reporter, world) -> None:
     manifest = Manifest.load(record["manifest"])
     parent = Path(record["parent"]) if "parent" in record else None
     check_unchanged(folder, record, manifest, parent)
+    known = rates_record(getattr(resolved.config, "sampler", ""))
+    if "rates_sha256" in record and known and known["rates_sha256"] != record["rates_sha256"]:
+        raise CheckpointError(f"{folder.path} cannot go on: {resolved.config.sampler} no longer has the rates it began with")
     return _run(stage, resolved, manifest, parent, folder, reporter, params, world, resume=True)
 
 
@@ -203,16 +221,31 @@ def told_complete(folder, reporter) -> None:
     print_result(str(folder.path))
 
 
+@contextmanager
+def resumable(stage: str, folder) -> Iterator[None]:
+    """Ctrl-C before the first step (features take their time) or after the last one: how to go on is told here too."""
+    from ..engine.run_dir import CONFIG
+    from ..errors import Interrupted
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / CONFIG).is_file():
+            raise
+        raise Interrupted(f"stopped; go on with: {folder.resume_command(stage)}") from None
+
+
 def _run(stage: str, resolved, manifest, parent, folder, reporter, params: Params, world, *, resume: bool) -> None:
     from ..engine.distributed import ALONE
     from ..stages import meta_sample, pretrain, retrain
 
     shared = {"resume": resume, "world": world or ALONE}
-    if stage == "pretrain":
-        result = pretrain.run(resolved, manifest, folder, reporter, offline=bool(params.get("offline")), **shared)
-    else:
-        stage_run = retrain.run if stage == "retrain" else meta_sample.run
-        result = stage_run(resolved, parent, manifest, folder, reporter, **shared)
+    with resumable(stage, folder):
+        if stage == "pretrain":
+            result = pretrain.run(resolved, manifest, folder, reporter, offline=bool(params.get("offline")), **shared)
+        else:
+            stage_run = retrain.run if stage == "retrain" else meta_sample.run
+            result = stage_run(resolved, parent, manifest, folder, reporter, **shared)
     print_result(result.to_json() if params["json"] else str(result.path))
 
 

@@ -1,6 +1,8 @@
 """What a stage starts from: an argument, ``-`` for stdin, or the newest fitting artefact of the workspace. No torch here."""
 
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -21,18 +23,23 @@ def read_paths(argument: str) -> list[Path]:
         return [Path(line.strip()) for line in text.splitlines() if line.strip()]
     try:
         document = json.loads(text)
-        entries = document.get("runs", [document])
-        return [Path(entry.get("run") or entry["manifest"]) for entry in entries]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        paths = [Path(entry.get("run") or entry["manifest"]) for entry in document.get("runs", [document])]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"stdin holds no JSON of a balms stage (no 'run' or 'manifest' in it: {error})") from None
+    if not paths:
+        raise DataError("the previous stage printed no path: its list of runs is empty")
+    return paths
 
 
 def find_manifest(argument: str | None, workspace: Path, reporter: Reporter) -> Manifest:
     """The data set of ``pretrain``. Raises DataError (exit 3) where there is none."""
     if argument is not None:
-        path = read_paths(argument)[0]
-        if path.is_dir() and not (path / "manifest.json").is_file():
-            raise DataError(f"{path} is not a manifest; make one of its images: balms make-lt {path} --as-is")
+        paths = read_paths(argument)
+        if len(paths) > 1:
+            raise DataError(f"one data set is needed, stdin names {len(paths)}")
+        path = paths[0]
+        if os.path.isdir(path) and not os.path.isfile(path / "manifest.json"):
+            raise DataError(f"{path} is not a manifest; make one of its images: balms make-lt {shlex.quote(str(path))} --as-is")
         return Manifest.load(path)
     newest = newest_manifest(workspace)
     if newest is None:
@@ -47,6 +54,6 @@ def find_checkpoints(arguments: list[str] | None, workspace: Path, stages: tuple
         return [model_file(path) for argument in arguments for path in read_paths(argument)]
     newest = newest_run(workspace, stages)
     if newest is None:
-        raise DataError(f"there is no complete {' or '.join(stages)} run in {workspace}; run balms {stages[0]} first")
+        raise DataError(f"there is no complete {' or '.join(stages)} run in {workspace}; run balms {stages[-1]} first")
     reporter.note(f"checkpoint: {newest} (the newest of {workspace})")
     return [model_file(newest)]

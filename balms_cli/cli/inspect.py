@@ -74,11 +74,15 @@ def export(params: Params) -> None:
 
 
 def audit(params: Params) -> None:
+    from ..errors import ConfigError
     from . import inputs
 
     reporter = make_reporter(params["quiet"])
     if params["data"] == "-":
-        params = params | {"data": str(inputs.read_paths("-")[0])}
+        paths = inputs.read_paths("-")
+        if len(paths) != 1:
+            raise ConfigError(f"audit takes one data set, stdin names {len(paths)}")
+        params = params | {"data": str(paths[0])}
     resolved = resolve_params("audit", params)
     if params["print_config"]:
         return print_result(resolved.to_toml().rstrip())

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 
 from ..data.aside import printable
+from ..data.folders import undecoded
 from ..errors import DataError
 from ..reporter import Reporter
 from .console import ConsoleReporter, print_result
@@ -80,4 +81,5 @@ def passed_over(passed: Counter[str]) -> str:
     if not passed:
         return ""
     kinds = ", ".join(f"{n:,} {printable(ending) or 'without ending'}" for ending, n in passed.most_common(3))
-    return f"; other files passed over: {sum(passed.values()):,} ({kinds})"
+    pictures = undecoded(passed)
+    return f"; other files passed over: {sum(passed.values()):,} ({kinds})" + (f"; {pictures}" if pictures else "")

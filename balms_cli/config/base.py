@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 COMPUTING = frozenset(
     {"device", "loading", "workers", "decode", "checkpoint_seconds", "deterministic", "compile", "tensorboard"}
 )
+Beta = Annotated[float, Field(ge=0, lt=1)]  # of Adam
 Estimator = Literal["class", "image", "expected"]
 Hypergradient = Literal["auto", "closed-form", "jvp", "higher"]
 # "on" and "off" may also be said as true and false, as older runs do.

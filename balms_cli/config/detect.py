@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from .base import ComputeConfig, StageConfig
+from .base import Beta, ComputeConfig, StageConfig
 
 Family = Literal["softmax", "sigmoid"]
 DetectLossName = Literal[
@@ -94,7 +94,7 @@ class DetectFinetuneConfig(DetectSGDConfig):
     meta_reweigher: bool = Field(False, description="learn category weights by meta-learning (BALMS)")
     weight_norm: Literal["mean", "none"] = Field("mean", description="weights of mean 1 over the foreground, or raw")
     meta_lr: float = Field(0.001, gt=0, description="Adam's learning rate on the category weights")
-    meta_betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's betas on the category weights")
+    meta_betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="Adam's betas on the category weights")
     meta_batch_size: int = Field(8, ge=1, description="class-balanced images that the meta loss sees a step")
     meta_loss: Literal["plain", "adjusted"] = Field(
         "plain", description="what is read on the meta batch: the loss without the prior, or with it (the released code's slip)"

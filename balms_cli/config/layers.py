@@ -46,26 +46,36 @@ def parse_set(pairs: list[str]) -> dict[str, Any]:
         if not separator or not key.strip():
             raise ConfigError(f"--set {pair!r}: write it as key=value")
         try:
-            values[key.strip()] = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
-            values[key.strip()] = text.strip()
+            found = tomllib.loads(f"v = {text}")
+        except (ValueError, RecursionError):
+            found = {}
+        values[_spelt(key.strip())] = found["v"] if found.keys() == {"v"} else text.strip()
     return values
+
+
+def _spelt(key: str) -> str:
+    """A key may be written as its option is: batch-size."""
+    return key.replace("-", "_")
 
 
 def read_file(path: Path, stage: str) -> tuple[dict[str, Any], str | None]:
     """The table of ``stage`` in a TOML file, and the file's preset. Tables of other stages are left alone."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
     preset = document.pop("preset", None)
+    if not isinstance(preset, str | None):
+        raise ConfigError(f"{path}: preset is the name of a recipe, such as 'quick', got {preset!r}")
     for key, value in document.items():
         if key in ("source", "run") or (key in STAGES and isinstance(value, dict)):
             continue
-        if key.replace("-", "_") in STAGES[stage].model_fields:
+        if key in STAGES:
+            raise ConfigError(f"{path}: '{key}' is no table; write [{key}], and its values below")
+        if _spelt(key) in STAGES[stage].model_fields:
             raise ConfigError(f"{path}: '{key}' stands outside a table; put it under [{stage}]")
         raise ConfigError(f"{path}: unknown table or key '{key}'; {suggest(key, [*STAGES, 'preset'])}")
-    return document.get(stage, {}), preset
+    return {_spelt(key): value for key, value in document.get(stage, {}).items()}, preset
 
 
 def resolve(
@@ -96,7 +106,6 @@ def resolve(
     unknown: list[str] = []
     for name, layer in layers:
         for key, value in layer.items():
-            key = key.replace("-", "_")
             if key not in model.model_fields:
                 unknown.append(f"unknown key '{key}' ({name}); {suggest(key, list(model.model_fields))}")
                 continue
@@ -104,7 +113,7 @@ def resolve(
             if preset_sources and name == f"preset {preset[0]}" and key in preset_sources:
                 sources[key] += f": {preset_sources[key]}"
             other = _EXCLUSIVE.get(key) if value is not None else None
-            if other in model.model_fields:
+            if other in model.model_fields and layer.get(other) is None:
                 values[other], sources[other] = None, name
     if unknown:
         raise ConfigError("; ".join(unknown))
@@ -120,4 +129,5 @@ def _explain(error: Any, sources: dict[str, str]) -> str:
     if not error["loc"]:  # a rule about several keys, which says it all
         return error["msg"].removeprefix("Value error, ")
     key = str(error["loc"][0])
-    return f"{key}: {error['msg'].removeprefix('Input ')}, got {error['input']!r} ({sources.get(key, 'default')})"
+    what = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return f"{key}: {what}, got {error['input']!r:.200} ({sources.get(key, 'default')})"

@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from .base import Compile, ComputeConfig, Estimator, Hypergradient, StageConfig, suggest
+from .base import Beta, Compile, ComputeConfig, Estimator, Hypergradient, StageConfig, suggest
 
 LossName = Literal[
     "softmax", "balanced", "balanced-sigmoid", "logit-adjusted", "focal", "cost-sensitive", "class-balanced",
@@ -157,7 +157,7 @@ class RetrainConfig(TrainConfig):
         "auto", description="how the bi-level step is computed (auto: closed-form for a linear head, else jvp): same number"
     )
     meta_lr: float = Field(0.01, gt=0, description="Adam's learning rate on the class rates")
-    meta_betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's betas on the class rates")
+    meta_betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="Adam's betas on the class rates")
     meta_batch_size: int = Field(512, ge=1, description="class-balanced images that the meta loss sees a step")
     meta_set: MetaSet = Field("train", description="where meta images come from: train, or the held-out meta split")
     classifier: Literal["auto", "linear", "cosine", "lws", "tau-norm", "ncm"] = Field(
@@ -168,8 +168,10 @@ class RetrainConfig(TrainConfig):
     bank: Literal["auto", "memory", "disk"] = Field(
         "auto", description="feature bank in memory, or read from its file (auto: in memory where a quarter of it holds it)"
     )
-    views: int = Field(4, ge=1, description="augmented views of every image in the feature bank")
-    class_rows: int = Field(256, ge=0, description="rows in the bank that a class has at least: more views of rare images")
+    views: int = Field(4, ge=1, le=65_536, description="augmented views of every image in the feature bank")
+    class_rows: int = Field(
+        256, ge=0, le=1_000_000, description="rows in the bank that a class has at least: more views of rare images"
+    )
     augment: bool = Field(True, description="augment the views as stage 1 did (false: one plain view an image)")
 
     @model_validator(mode="after")

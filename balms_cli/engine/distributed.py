@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 
 _PATIENCE = timedelta(days=1)
 STOP_STRIDE = 10  # steps between asking the others on a GPU, where an answer stalls the queue
@@ -142,7 +142,11 @@ def join(device: str):
     name = local_device(device)
     if name.startswith("cuda"):
         torch.cuda.set_device(torch.device(name))
-    store, rank, size = next(dist.rendezvous("env://"))
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise ConfigError(f"WORLD_SIZE is set as by torchrun, and the rest is not ({one_line(error, 200)}): start by torchrun, "
+                          "or take WORLD_SIZE out of the environment") from None  # fmt: skip
     # After a restart the store may still hold the addresses of processes that are gone.
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # The others wait while process 0 alone trains a head; torchrun itself sees to processes that die.

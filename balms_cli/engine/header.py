@@ -8,16 +8,19 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..data.aside import is_plain
 from ..errors import CheckpointError
 
 FORMAT = 1
 _KEY = "balms"
 DETECTOR_KEY = "balms-detect"  # in its place in a detector's checkpoint: detection/header.py
 _MAX_HEADER_BYTES = 50_000_000
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Header(BaseModel):
@@ -29,21 +32,21 @@ class Header(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    format: int
+    format: int = Field(ge=1, le=FORMAT)  # the first field: what a newer format says of the others is not looked at
     created: str
     stage: Literal["pretrain", "retrain"]
     backbone: str
     feature_dim: int = Field(ge=1, le=1_000_000)
     image_size: int = Field(ge=8, le=1024)
     classes: list[str] = Field(min_length=1)
-    class_counts: list[int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    class_counts: list[Annotated[int, Field(lt=2**53)]]
+    mean: tuple[_Number, _Number, _Number]
+    std: tuple[_Positive, _Positive, _Positive]
     head: Literal["linear", "cosine", "untrained"]
     classifier: str = "linear"  # how the head came about: linear (cRT), cosine, lws, tau-norm, ncm
     loss: str
     sampler: str
-    implied_log_prior: list[float]
+    implied_log_prior: list[_Number]
     prior_exact: bool = True
     recipe: dict[str, Any]
     data: dict[str, Any]
@@ -57,6 +60,8 @@ class Header(BaseModel):
             raise ValueError("classes, class_counts and implied_log_prior differ in length")
         if len(set(self.classes)) != len(self.classes) or min(self.class_counts) < 1:
             raise ValueError("class names repeat, or a class has no images")
+        if not all(map(is_plain, self.classes)):
+            raise ValueError("class names with control characters")
         return self
 
     def to_metadata(self) -> dict[str, str]:
@@ -71,7 +76,10 @@ def read_metadata(path: Path) -> dict[str, str]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
                 raise ValueError("its header is longer than the file")
-            return json.loads(file.read(length)).get("__metadata__") or {}
+            metadata = json.loads(file.read(length)).get("__metadata__") or {}
+            if not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
+                raise ValueError("its metadata are not texts by name")
+            return metadata
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except (OSError, ValueError, RecursionError, struct.error, AttributeError) as error:
@@ -86,14 +94,14 @@ def read_header(path: Path) -> Header:
     if _KEY not in metadata:
         raise CheckpointError(f"{path} was not written by balms (no '{_KEY}' header); use it as --weights of pretrain")
     try:
-        header = Header.model_validate_json(metadata[_KEY])
+        return Header.model_validate_json(metadata[_KEY])
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] == ("format",) and first["type"] == "less_than_equal":
+            told = f"{path} has format {first['input']}, this balms reads up to {FORMAT}: update balms"
+            raise CheckpointError(told) from None
         place = ".".join(map(str, first["loc"])) or "header"
         raise CheckpointError(f"{path}: bad header, {place}: {first['msg']}") from None
-    if header.format > FORMAT:
-        raise CheckpointError(f"{path} has format {header.format}, this balms reads up to {FORMAT}: update balms")
-    return header
 
 
 def sha256_of(path: Path) -> str:

@@ -10,31 +10,39 @@ import os
 import shlex
 import shutil
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from ..config import STAGES, Resolved, resolve
-from ..data.aside import remove_half_written, replace_file, write_error
+from ..config import COMPUTING, STAGES, Resolved, resolve
+from ..data.aside import is_plain, printable, remove_half_written, replace_file, write_error
 from ..data.manifest import Manifest
 from ..errors import CheckpointError, ConfigError, DataError
 from .header import Header, read_header, sha256_of
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 MODEL, RATES, CONFIG, METRICS, RESUME, REPORT = (
     "model.safetensors", "rates.json", "config.toml", "metrics.jsonl", "resume.pt", "report.json")  # fmt: skip
 EVENTS, EXPORT = "tensorboard", "export"  # folders: event files, and where exported models go by default
 CARD, TEMPERATURE = "MODEL_CARD.md", "temperature.json"  # for people; what predict found on the validation split
+_PLACES = {"annotations", "images", "weights"}  # of the configuration: where things lie, not what they are
 
 
 class RunDir:
-    """One run's folder. Made by ``create``, or opened to go on with.
+    """One run's folder. Made by ``claim``, or opened to go on with.
 
     ``writes``: of several processes that share a run, one writes; in the others every writing method does nothing.
-    ``watch``: is handed each record after it is in ``metrics.jsonl``.
+    ``watch``: is handed each record after it is in ``metrics.jsonl``. ``fresh``: whose name was free when it was chosen,
+    ``named``: by the user.
     """
 
-    def __init__(self, path: Path, writes: bool = True):
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, writes: bool = True, *, fresh: bool = False, named: bool = True):
+        self.path, self.writes, self.fresh, self.named = path, writes, fresh, named
         self.watch: Callable[[dict[str, Any]], None] | None = None
 
     def __truediv__(self, name: str) -> Path:
@@ -44,14 +52,53 @@ class RunDir:
         return (self / (RATES if stage == "meta-sample" else MODEL)).is_file()
 
     def create(self, resolved: Resolved, run: dict[str, Any]) -> None:
-        """Make the folder and write ``config.toml``: all values, where each came from, and what they are applied to."""
+        """Write ``config.toml``: all values, where each came from, and what they are applied to."""
         if not self.writes:
             return
+        replace_file(self / CONFIG, resolved.to_toml(run))
+
+    def claim(self) -> None:
+        """Make the folder of a new run. Where another run took the name since it was chosen, the next free one is taken, or
+        it is told (ConfigError) where the user chose it."""
         try:
+            while self.fresh and not self.named:
+                try:
+                    self.path.mkdir(parents=True)
+                    return
+                except FileExistsError:
+                    self.path = free_name(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(error, self.path) from None
-        replace_file(self / CONFIG, resolved.to_toml(run))
+        if self.fresh and (self / CONFIG).exists():
+            raise ConfigError(f"another run has begun in {self.path} meanwhile: choose another folder")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process trains in this folder while the block runs. Raises ConfigError (exit 2) where one does.
+
+        The lock leaves no file and goes with the process, however that ends; where the system has none, none is held.
+        """
+        with ExitStack() as held:
+            if fcntl is not None and self.writes:
+                try:
+                    folder = os.open(self.path, os.O_RDONLY)
+                    held.callback(os.close, folder)
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    told = f"another process is at work in {self.path}: wait for it, or choose another folder"
+                    raise ConfigError(told) from None
+                except OSError:
+                    pass
+            yield
+
+    def recipe(self, stage: str) -> dict[str, Any] | None:
+        """What ``config.toml`` says is trained; how and where it is computed may change on the way."""
+        try:
+            values = tomllib.loads((self / CONFIG).read_text(encoding="utf-8"))[stage]
+        except (OSError, ValueError, KeyError):
+            return None
+        return {key: value for key, value in values.items() if key not in COMPUTING | _PLACES}
 
     def write_json(self, name: str, value: Any) -> None:
         if not self.writes:
@@ -74,7 +121,7 @@ class RunDir:
         if self.writes:
             remove_half_written(self.path)
         if self.writes and (self / METRICS).is_file():
-            lines = (self / METRICS).read_text(encoding="utf-8").splitlines()
+            lines = (self / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             replace_file(self / METRICS, "".join(f"{line}\n" for line in kept))
 
@@ -96,38 +143,52 @@ def new_run(stage: str, label: str, *, workspace: Path, out: Path | None, overwr
     """The folder that a new run will have; nothing is made yet. A non-empty ``--out`` is refused (exit 2)."""
     check_place(out or workspace)
     if out is None:
-        base = workspace / "runs" / f"{stage}-{label}"
-        path, n = base, 1
-        while path.exists():
-            n += 1
-            path = base.with_name(f"{base.name}-{n}")
-        return RunDir(path)
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise ConfigError(f"--out {out} is not empty; add --overwrite to replace the run in it, go on with it by "
-                              f"'{command(stage)} --resume {out}', or choose another folder")  # fmt: skip
-        if not (out / CONFIG).is_file():
-            raise ConfigError(f"--out {out} is not empty and not a run's folder: --overwrite leaves it alone; choose another")
+        return RunDir(free_name(workspace / "runs" / f"{stage}-{label}"), fresh=True, named=False)
+    if not out.exists() or not any(out.iterdir()):
+        return RunDir(out, fresh=True)
+    if not overwrite:
+        raise ConfigError(f"--out {out} is not empty; add --overwrite to replace the run in it, go on with it by "
+                          f"'{RunDir(out).resume_command(stage)}', or choose another folder")  # fmt: skip
+    if not (out / CONFIG).is_file():
+        raise ConfigError(f"--out {out} is not empty and not a run's folder: --overwrite leaves it alone; choose another")
     return RunDir(out)
+
+
+def free_name(path: Path) -> Path:
+    """``path``, or where that is taken ``path-2``, ``path-3`` and so on."""
+    base, n = path, 1
+    while path.exists():
+        n += 1
+        path = base.with_name(f"{base.name}-{n}")
+    return path
 
 
 def check_place(path: Path) -> None:
     """Told before anything is computed: a folder can be made or written here. Raises ConfigError (exit 2)."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
+    if not is_plain(str(path)):  # stdout names it on a line, config.toml as UTF-8
+        raise ConfigError(f"{printable(str(path))} has control characters, or bytes that are not UTF-8: choose another name")
+    try:
+        while not path.exists() and path != path.parent:
+            path = path.parent
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise write_error(error, path) from None
     if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
         code = errno.EACCES if path.is_dir() else errno.ENOTDIR
         raise write_error(OSError(code, os.strerror(code)), path)
 
 
 def clear_run(run: RunDir) -> None:
-    """Take away what an earlier run wrote here (``--overwrite``); the completeness mark goes first."""
+    """Take away what an earlier run wrote here (``--overwrite``). The completeness mark goes first; last what makes it a
+    run's folder, so that a stop on the way leaves one that can be overwritten again."""
     if not run.writes:
         return
-    for name in (MODEL, RATES, RESUME, REPORT, METRICS, CONFIG, CARD, TEMPERATURE):
-        (run / name).unlink(missing_ok=True)
-    for name in ("features", EVENTS, EXPORT):
-        shutil.rmtree(run / name, ignore_errors=True)
+    run.claim()
+    with run.alone():
+        for name in (MODEL, RATES, RESUME, REPORT, METRICS, CARD, TEMPERATURE, "rates.csv", "rates.png"):
+            (run / name).unlink(missing_ok=True)
+        for name in ("features", EVENTS, EXPORT):
+            shutil.rmtree(run / name, ignore_errors=True)
+        (run / CONFIG).unlink(missing_ok=True)
 
 
 def open_run(path: Path, stage: str) -> tuple[RunDir, Resolved, dict[str, Any]]:
@@ -135,21 +196,23 @@ def open_run(path: Path, stage: str) -> tuple[RunDir, Resolved, dict[str, Any]]:
     path = path.parent if path.is_file() else path
     try:
         document = tomllib.loads((path / CONFIG).read_text(encoding="utf-8"))
-        values, sources, run = document[stage], document["source"], document["run"]
-        missing = {"manifest", "manifest_sha256", "device", "precision"} - run.keys()
-        if missing or ("parent" in run and "parent_sha256" not in run):
-            raise CheckpointError(f"{path / CONFIG} is damaged: its [run] table does not say what the run began with")
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a run's folder: it has no {CONFIG}") from None
-    except KeyError:
-        found = next((s for s in STAGES if s in document), "nothing")
-        raise CheckpointError(f"{path} holds a run of {found}: use '{command(found)} --resume {path}'") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / CONFIG} cannot be read: {error}") from None
+    found = next((s for s in STAGES if s in document), stage)
+    if stage not in document and found != stage:
+        raise CheckpointError(f"{path} holds a run of {found}: use '{RunDir(path).resume_command(found)}'")
+    values, sources, run = (document.get(table) for table in (stage, "source", "run"))
+    if not all(isinstance(table, dict) for table in (values, sources, run)):
+        raise CheckpointError(f"{path / CONFIG} is damaged: it has no tables [{stage}], [source] and [run]")
+    began = {"manifest", "manifest_sha256", "device", "precision"} | ({"parent", "parent_sha256"} if "parent" in run else set())
+    if not all(isinstance(run.get(key), str) for key in began):
+        raise CheckpointError(f"{path / CONFIG} is damaged: its [run] table does not say what the run began with")
     # TOML has no null: what is absent was None, or is an option that the run's own version did not have yet.
     may_be_none = {k for k, field in STAGES[stage].model_fields.items() if type(None) in get_args(field.annotation)}
     values = {k: values.get(k) for k in STAGES[stage].model_fields if k in values or k in may_be_none}
-    config = resolve(stage, flags=values).config
+    config = resolve(stage, file=(path / CONFIG, values)).config
     return RunDir(path), Resolved(stage, config, dict(sources), document.get("preset")), run
 
 

@@ -18,11 +18,13 @@ from ..engine.checkpoint import save_model
 from ..engine.header import Header
 from ..engine.run_dir import CARD, MODEL, REPORT, RunDir
 from ..engine.runtime import Runtime, versions
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DataError
 from ..models.classifiers import Classifier
 from ..report import run_files
 from ..report.card import model_card
 from ..reporter import Reporter
+
+_PART = 256  # images whose pixels are counted at a time
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,17 @@ def load_images(manifest: Manifest, split: str, size: int, device: torch.device,
 
 
 def channel_statistics(images: Images) -> tuple[tuple, tuple]:
-    """Mean and standard deviation a channel (of pixels in 0..1) over evenly spaced images: at most 20,000, or 2,000 where
-    each is read from its file."""
+    """Mean and standard deviation a channel (of pixels in 0..1) over all images, or evenly spaced ones of many: at least
+    20,000, or 2,000 where each is read from its file, and under twice that."""
     most = 2_000 if isinstance(images, OnDisk) else 20_000
-    sample = images.rows(torch.arange(0, len(images), max(1, len(images) // most)))
-    channels = [sample[:, c].double() / 255 for c in range(3)]
-    mean, std = [c.mean().item() for c in channels], [max(c.std().item(), 1e-3) for c in channels]
-    return tuple(round(m, 6) for m in mean), tuple(round(s, 6) for s in std)
+    seen_3V = torch.zeros(3, 256, dtype=torch.float64)  # how often each value occurs
+    for part in torch.arange(0, len(images), max(1, len(images) // most)).split(_PART):
+        pixels = images.rows(part)
+        seen_3V += torch.stack([torch.bincount(pixels[:, c].flatten(), minlength=256) for c in range(3)]).cpu()
+    value_V, count = torch.arange(256, dtype=torch.float64) / 255, seen_3V[0].sum()
+    mean_3 = seen_3V @ value_V / count
+    std_3 = ((seen_3V * (value_V - mean_3[:, None]) ** 2).sum(1) / (count - 1)).sqrt().clamp(min=1e-3)
+    return tuple(round(m, 6) for m in mean_3.tolist()), tuple(round(s, 6) for s in std_3.tolist())
 
 
 def total_steps(config: TrainConfig, images: int) -> int:
@@ -100,9 +106,15 @@ def check_classes(header: Header, manifest: Manifest, path: Path) -> None:
 
 
 def check_meta_set(meta_set: str, manifest: Manifest) -> None:
-    """Raises ConfigError (exit 2) where the meta split that the configuration asks for is not there."""
-    if meta_set == "meta" and "meta" not in manifest.splits:
+    """Raises ConfigError (exit 2) where the meta split that the configuration asks for is not there, DataError (exit 3) where
+    it lacks a class: meta batches are balanced over all of them."""
+    if meta_set != "meta":
+        return
+    if "meta" not in manifest.splits:
         raise ConfigError(f"{manifest.path} has no meta split; make one: balms make-lt ... --meta-per-class 10")
+    if missing := set(range(len(manifest.classes))) - set(manifest.splits["meta"].labels.tolist()):
+        raise DataError(f"the meta split of {manifest.path} has no image of '{manifest.classes[min(missing)]}': make one with "
+                        "every class in it (balms make-lt ... --meta-per-class 10), or leave out --meta-set")  # fmt: skip
 
 
 def data_summary(manifest: Manifest) -> dict[str, Any]:

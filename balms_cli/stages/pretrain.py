@@ -43,7 +43,7 @@ from .common import (
 )
 from .end_to_end import Read, class_balanced, make_weigher, plain_step, reweighted_step
 from .heads import fresh_head, loss_name, training_loss, undecayed
-from .rates import read_rates
+from .rates import rates_record, read_rates
 
 _AUGMENT_STREAM, _META_STREAM = 0, 13
 _MUCH_WAITING = 0.1  # of the time
@@ -65,7 +65,7 @@ def run(resolved: Resolved[PretrainConfig], manifest: Manifest, folder: RunDir, 
     runtime, model, loss, counts_C = begun.runtime, begun.model, begun.loss, torch.tensor(manifest.class_counts)
     if not resume:
         clear_run(folder)
-        folder.create(resolved, provenance(manifest, runtime))
+        folder.create(resolved, provenance(manifest, runtime, **rates_record(config.sampler)))
 
     report: dict[str, Any] = {"steps": 0, "seconds": 0.0}
     if config.frozen:
@@ -230,8 +230,11 @@ def _job(config: PretrainConfig, begun: _Begun, world: World) -> Job:
         meta_read = reader(begun.meta_images, meta_draw, config.meta_batch_size, _META_STREAM)
         step = reweighted_step(config, model, optimizer, loss, weigher, read, meta_read, runtime)
 
+    # What a loss draws it draws for the rows of one process: each has draws of its own.
+    loss_seed = config.seed if world.size == 1 else mix(config.seed, 17, world.rank)
+
     def told_step(i: int, guard: Guard) -> Tensor:
-        loss.at_step(i, steps, config.seed)
+        loss.at_step(i, steps, loss_seed)
         return step(i, guard)
 
     def schedule(i: int) -> float:

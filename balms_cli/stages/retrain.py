@@ -4,19 +4,17 @@ from pathlib import Path
 
 from ..config import Resolved, RetrainConfig
 from ..data.manifest import Manifest, now
-from ..engine.checkpoint import load_model
 from ..engine.distributed import ALONE, World
 from ..engine.header import FORMAT, Header, sha256_of
 from ..engine.run_dir import RATES, RunDir, clear_run
 from ..engine.runtime import setup
 from ..engine.tensorboard import require_tensorboard
-from ..models.classifiers import Classifier, CosineHead, stage1_linear
+from ..models.classifiers import Classifier, CosineHead
 from ..reporter import Reporter
-from .common import RunResult, check_classes, check_meta_set, data_summary, finish, provenance
-from .decoupled import fit_head
+from .common import RunResult, data_summary, finish, provenance
+from .decoupled import fit_head, open_parent
 from .heads import loss_name
-from .rates import rates_document, read_rates, show_rates
-from .training_free import check_tau
+from .rates import rates_document, rates_record, show_rates
 
 
 def run(resolved: Resolved[RetrainConfig], parent_file: Path, manifest: Manifest, folder: RunDir,
@@ -28,17 +26,12 @@ def run(resolved: Resolved[RetrainConfig], parent_file: Path, manifest: Manifest
     config, reporter = resolved.config, reporter or Reporter()
     require_tensorboard(config)
     runtime = setup(config.device, config.precision, deterministic=config.deterministic)
-    model, parent = load_model(parent_file)
-    check_classes(parent, manifest, parent_file)
-    check_meta_set(config.meta_set, manifest)
-    check_tau(config, manifest)
-    if config.classifier in ("lws", "tau-norm"):
-        stage1_linear(model.head, parent.head, config.classifier)
-    rates_C = read_rates(config.sampler, manifest)
+    model, parent, rates_C = open_parent(config, parent_file, manifest)
     parent_sha256 = sha256_of(parent_file)
     if not resume:
         clear_run(folder)
-        folder.create(resolved, provenance(manifest, runtime, parent=str(parent_file.resolve()), parent_sha256=parent_sha256))
+        folder.create(resolved, provenance(manifest, runtime, parent=str(parent_file.resolve()), parent_sha256=parent_sha256,
+                                           **rates_record(config.sampler)))  # fmt: skip
 
     fit = fit_head(config, "retrain", model, parent, parent_file, manifest, rates_C, folder, runtime, reporter, resume=resume,
                    world=world)  # fmt: skip
