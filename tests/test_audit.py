@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zlib
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from PIL import Image
 
 from balms_cli.data import audit_files, known
 from balms_cli.data.audit import case_clashes
+from balms_cli.data.index import index_sha256
+from balms_cli.data.manifest import Manifest
+from balms_cli.stages import audit as stages_audit
 from balms_cli.stages import audit_advice
 from balms_cli.stages.audit_show import curve
 
@@ -165,6 +169,32 @@ def test_twins_are_those_that_brute_force_finds(balms, tmp_path):
     assert without["duplicates"]["groups"] == 2 and without["checked"]["hashed_files"] == 0  # links are seen without it
     assert audit(balms, root, "--no-decode")["duplicates"]["groups"] == 2
     assert audit(balms, root, "--no-decode", "--hash")["duplicates"]["groups"] == 6
+
+
+def test_long_lists_stop_and_the_totals_count_all(balms, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages_audit, "MOST_LISTED", 5)
+    root = photos(tmp_path / "p", {"a": 6, "b": 5})
+    for i in range(3):
+        shutil.copy(root / f"a/00{i}.png", root / f"a/copy{i}.png")
+    for i in range(4):
+        for name in "ab":
+            (root / name / f"bad{i}.png").write_bytes(b"no image %d" % i)
+    told = audit(balms, root)
+    assert [len(group) for group in told["duplicates"]["list"]] == [2, 2] and told["duplicates"]["groups"] == 3
+    assert len(told["unreadable"]["list"]) == 5 and told["unreadable"]["images"] == 8
+
+
+def test_twins_in_training_and_validation(balms, tmp_path):
+    root = photos(tmp_path / "p", {"train/a": 9, "train/b": 7, "val/a": 2, "val/b": 2, "test/a": 3, "test/b": 3})
+    shutil.copy(root / "train/a/000.png", root / "val/a/same.png")
+    shutil.copy(root / "train/a/001.png", root / "val/b/under another label.png")
+    shutil.copy(root / "train/a/002.png", root / "train/b/wrong.png")
+    told = audit(balms, root)
+    assert problems(told) == {"split-leak": 1, "two-labels": 2}
+    assert told["duplicates"]["two_labels"] == {"groups": 2, "images": 4, "within_one_split": 1}
+    assert told["duplicates"]["other_splits"] == {"groups": 1}
+    assert [group[0]["path"] for group in told["duplicates"]["list"]] == [
+        "train/a/001.png", "train/a/002.png", "train/a/000.png"]  # fmt: skip
 
 
 def test_copies_are_a_problem_where_the_test_split_is_yet_to_be_cut(balms, tmp_path):
@@ -384,6 +414,19 @@ def test_a_strangers_manifest_leads_nowhere(balms, tmp_path):
     assert problems(audit(balms, made)) == {"root-gone": 1}
 
 
+def test_what_a_strangers_manifest_may_name_without_a_file_being_opened(balms, tmp_path):
+    photos(tmp_path / "p", {"a": 3, "b": 3})
+    made = Path(balms("make-lt", tmp_path / "p", "--as-is", "--quiet").out.strip())
+    manifest = Manifest.load(made)
+    (tmp_path / "p/s.tar").write_bytes(bytes(1024))
+    keys = ["d/" * 101 + "x.png", "s.tar/@512+513/x.png", "s.tar/@512+512/x.png"]
+    train = replace(manifest.splits["train"], keys=keys + manifest.splits["train"].keys[3:])
+    changed = replace(manifest, splits=manifest.splits | {"train": train})
+    replace(changed, sha256=index_sha256(changed.classes, changed.index_texts())).save(tmp_path / "m")
+    assert audit(balms, tmp_path / "m", "--no-decode")["unreadable"]["reasons"] == {
+        "more than 100 folders deep": 1, "missing: the tar file ends before it": 1}  # fmt: skip
+
+
 # --- lists
 
 
@@ -410,11 +453,16 @@ def test_nothing_to_look_at_is_one_line(balms, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("# nothing\n")
     (tmp_path / "odd.json").write_text("[]")
-    for data in (tmp_path / "empty", tmp_path / "empty.txt", tmp_path / "odd.json", tmp_path / "nowhere", "digit"):
+    (tmp_path / "far.txt").write_text("a.png 0\nb.png 999999999\n")  # not a billion classes
+    for data in (tmp_path / "far.txt",
+                 tmp_path / "empty", tmp_path / "empty.txt", tmp_path / "odd.json", tmp_path / "nowhere", "digit"):
         done = balms("audit", data)
         assert done.code == 3 and done.out == "" and len(done.err.strip().splitlines()) == 1
     assert "did you mean 'digits'" in done.err
     assert balms("audit").code == 3  # no manifest in the workspace
+    for stdin in ('{"runs": []}', '{"runs":' * 100_000, '{"runs": 3}'):
+        done = balms("audit", "-", stdin=stdin)
+        assert done.code == 3 and done.out == "" and len(done.err.strip().splitlines()) == 1
 
 
 # --- the contract of the streams
@@ -529,7 +577,8 @@ def test_few_photos_want_a_pretrained_backbone(balms, tmp_path):
     for i, path in enumerate(root.rglob("*.png")):
         noise(path, i, (200, 120))
     assert "--weights imagenet" in json.dumps(audit(balms, root)["advice"])
-    assert "--weights imagenet" not in json.dumps(audit(balms, tree(tmp_path / "q", {"a": 4, "b": 4}))["advice"])  # 8 px
+    told = audit(balms, tree(tmp_path / "q", {"a": 4, "b": 4}))  # 8 px
+    assert "--weights imagenet" not in json.dumps(told["advice"]) and "small" not in found(told)  # as all are
 
 
 @pytest.mark.parametrize("counts", [[40, 38], [80, 30, 20], [600, 40, 2]])
@@ -547,6 +596,28 @@ def test_every_command_of_the_advice_exists(balms, tmp_path, counts):
         assert words[0] == "balms"
         known_options = {option for p in group.commands[words[1]].params for option in p.opts}
         assert {w for w in words[2:] if w.startswith("--")} <= known_options, command
+
+
+def test_the_commands_name_the_data_as_the_audit_was_told(balms, tmp_path):
+    photos(tmp_path / "my photos", {"1": 6, "2": 3})
+    (tmp_path / "all.txt").write_text("".join(f"{1 + (i > 5)}/{i % 6:03}.png {int(i > 5)}\n" for i in range(9)))
+    (tmp_path / "names").write_text("ant\nbee\n")
+    told = audit(balms, tmp_path / "all.txt", "--images", tmp_path / "my photos", "--names", tmp_path / "names")
+    made = [command for one in told["advice"] for command in one["commands"] if "make-lt" in command]
+    assert made and balms(*shlex.split(made[0])[1:]).code == 0
+    assert f"--images '{tmp_path}/my photos' --names {tmp_path}/names" in made[0]
+    told = audit(balms, tmp_path / "my photos", "--leaf-classes")
+    assert "--leaf-classes --as-is" in str(told["advice"])
+
+
+def test_what_no_list_and_no_folder_gives_is_told(balms, tmp_path):
+    (tmp_path / "all.txt").write_text("/etc/passwd cat\n")
+    assert problems(audit(balms, tmp_path / "all.txt")) == {"listed-line": 1}
+    root = photos(tmp_path / "p", {"Train/a": 5, "Test/a": 5})
+    for name in ("Train/a/1.heic", "Train/a/2.heic", "Test/a/3.dng", "Test/a/n.txt"):
+        (root / name).write_bytes(b"")
+    told = audit(balms, root)
+    assert problems(told) == {"split-names": 2, "undecoded": 3} and found(told)["other-files"] == 1
 
 
 @pytest.mark.slow

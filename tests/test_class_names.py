@@ -40,6 +40,7 @@ def shown(source: Path, **options: object) -> list[str]:
     ('{"images": [], "categories": [{"id": 3, "name": "c"}]}', {"3": "c"}),
     ('{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}', {"0": "tench", "1": "goldfish"}),
     ('["a", "b"]', {"0": "a", "1": "b"}),
+    ("cat " + "9" * 5000, {"0": "cat " + "9" * 5000}), ("9" * 5000 + " cat", {"0": "9" * 5000 + " cat"}),  # no ids, so names
 ])  # fmt: skip
 def test_forms(tmp_path, text, names):
     assert class_names.read(write(tmp_path / "names", text)) == names
@@ -126,3 +127,10 @@ def test_the_command_line_and_audit(balms, tmp_path):
     for command in ("make-lt", "audit"):
         done = balms(command, "digits", "--names", names)
         assert done.code == 2 and "leave out --names" in done.err
+
+
+def test_names_that_are_one_even_with_their_ids(tmp_path):
+    file = write(tmp_path / "names", '{"0": "crane", "1": "crane", "2": "crane (0)"}')
+    source = write(tmp_path / "l.txt", "a 0\nb 1\nc 2\n")
+    with pytest.raises(DataError, match="one name to several classes"):
+        shown(source, names=file)

@@ -57,6 +57,9 @@ def test_siblings_and_the_images_elsewhere(tmp_path):
     assert named(source, "train") == [("deep/00.png", "a")] and named(source, "test") == [("t.png", "a")]
     with pytest.raises(DataError, match="--images names it"):
         open_(tmp_path / "my_train.csv", images=str(tmp_path / "gone"))
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(DataError, match="--images names it"):
+        open_(tmp_path / "my_train.csv", images=str(tmp_path / "circle"))
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -59,6 +59,19 @@ def test_a_validation_folder_beside_a_test_folder_is_one(tmp_path):
         open_(root)
 
 
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_other_words_for_validation(tmp_path, name):
+    root = tree(tmp_path / "p", {"train/a": 5, "train/b": 4, f"{name}/b": 2, f"{name}/a": 1})
+    assert list(files(open_(root), "test").values()) == ["a", "b", "b"]
+    tree(root, {"test/a": 1, f"{name}/of no class": 0})
+    source = open_(root)
+    assert list(files(source, "val").values()) == ["a", "b", "b"] and list(files(source, "test").values()) == ["a"]
+    tree(root, {"val/a": 3})  # the usual name goes first
+    listener = Listener()
+    assert list(files(open_(root, listener), "val")) == ["val/a/00.png", "val/a/01.png", "val/a/02.png"]
+    assert listener.notes == [f"passed over: beside train and test: {name}"]
+
+
 def test_inaturalist_2018_is_read_as_torchvision_reads_it(tmp_path):
     from torchvision.datasets import INaturalist
 
@@ -70,6 +83,13 @@ def test_inaturalist_2018_is_read_as_torchvision_reads_it(tmp_path):
     listener = Listener()
     assert open_(root, listener).classes == ["Plantae", "Aves"]
     assert any("--leaf-classes" in note and "Aves/0" in note for note in listener.notes)
+
+
+def test_numbers_below_the_classes_are_taken_for_inaturalists_ids_unless_they_are_classes_too(tmp_path):
+    for top, told in (("Aves", True), ("12", False)):
+        listener = Listener()
+        open_(tree(tmp_path / top, {f"{top}/12": 2, "Insecta/7": 1}), listener)
+        assert any("--leaf-classes" in note for note in listener.notes) == told
 
 
 def test_inaturalist_2021_root(tmp_path):
@@ -97,6 +117,10 @@ def test_inaturalist_json(tmp_path):
     assert list(files(source, "test").values()) == ["0", "1", "2"]
     for text in ("{}", "[]", '{"images": [{"id": 1, "file_name": "a"}], "annotations": []}', "{",
                  '{"images": 3, "annotations": 4}',
+                 '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "category_id": 0}, '
+                 '{"image_id": 1, "category_id": 1}]}',
+                 '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "category_id": 0}, '
+                 '{"image_id": 2, "category_id": 0}]}',
                  '{"images": [{"id": 1, "file_name": 7}], "annotations": [{"image_id": 1, "category_id": 0}]}'):  # fmt: skip
         with pytest.raises(DataError, match="no file of images with one annotation each"):
             open_(write(tmp_path / "a.json", text))

@@ -5,13 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from balms_cli.config import MakeLTConfig
-from balms_cli.data import longtail
+from balms_cli.data import aside, longtail
 from balms_cli.data.images import load_pixels
 from balms_cli.data.manifest import Manifest, newest_manifest
 from balms_cli.errors import ConfigError, DataError
@@ -168,14 +170,16 @@ def test_head_follows_the_test_cut(tmp_path: Path) -> None:
     result = run(config(source, as_is=True, test_fraction=0.25), tmp_path)
     assert (result.manifest.classes, result.manifest.class_counts) == (["a", "b", "tiny"], [15, 14, 2])
     assert result.manifest.untested == ["tiny"]
+    half = run(config(tree(tmp_path / "q", {"a": 3, "b": 2}), as_is=True, test_fraction=0.5), tmp_path)
+    assert (half.manifest.classes, half.manifest.class_counts) == (["b", "a"], [2, 1])  # b is too small to be cut
 
 
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     source = folder(tmp_path)
     with pytest.raises(ConfigError, match=r"--as-is .* --imbalance N"):
         run(config(source), tmp_path)
-    with pytest.raises(ConfigError, match="finite"):
-        run(config(source, imbalance=float("inf")), tmp_path)
+    with pytest.raises(ValueError, match="finite"):
+        config(source, imbalance=float("inf"))
     with pytest.raises(ConfigError, match="one of the two"):
         run(config(source, as_is=True, imbalance=5), tmp_path)
     with pytest.raises(DataError, match="class 'small' has no training image left"):
@@ -230,6 +234,22 @@ def test_out_folder(tmp_path: Path) -> None:
         with pytest.raises(ConfigError):
             run(config("digits"), tmp_path, out=tmp_path / "mine", overwrite=overwrite)
     assert os.listdir(tmp_path / "mine") == ["notes.txt"]
+
+
+def test_the_same_data_made_at_once_by_many_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight at one time, and all of them with the disk's answer that another was quicker by a moment."""
+    tree(tmp_path / "p", {"a": 3, "b": 3})
+    barrier, rename = threading.Barrier(8), os.rename
+
+    def together(old: str, new: str) -> None:
+        barrier.wait(60)
+        rename(old, new)
+
+    monkeypatch.setattr(aside.os, "rename", together)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: run(config(tmp_path / "p", as_is=True), tmp_path / "w").path, range(8)))
+    assert len(set(made)) == 1 and os.listdir(tmp_path / "w" / "data") == [made[0].name]
+    assert Manifest.load(made[0]).class_counts == [2, 2]
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:

@@ -1,18 +1,22 @@
 """Manifests: round trip, a stranger's manifest, writing whole or not at all."""
 
 import errno
+import io
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from balms_cli.cli.inputs import find_manifest
 from balms_cli.data import aside
 from balms_cli.data.index import index_sha256
 from balms_cli.data.manifest import Manifest, Split, find_manifests, newest_manifest
 from balms_cli.errors import ConfigError, DataError
+from balms_cli.reporter import Reporter
 
 
 def make(name: str = "m", created: str = "2026-01-01T00:00:00.000001+00:00", root: str = "/nowhere") -> Manifest:
@@ -41,6 +45,12 @@ def test_round_trip(tmp_path: Path) -> None:
         assert len(back.splits["test"]) == 1
     assert sorted(os.listdir(tmp_path / "new" / "m")) == ["manifest.json", "test.csv", "train.csv"]
     assert (tmp_path / "new" / "m" / "train.csv").read_text().startswith("image,label\n")
+
+
+def test_the_folder_is_as_open_as_any_new_one(tmp_path: Path) -> None:
+    (tmp_path / "any").mkdir()
+    make().save(tmp_path / "m")
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 def test_sha_does_not_depend_on_the_root() -> None:
@@ -203,9 +213,37 @@ def test_find_newest_first(tmp_path: Path) -> None:
     make("new", "2026-01-01T00:00:00.000002+00:00").save(tmp_path / "data" / "a")
     make("east", "2026-01-01T01:00:00.000000+02:00").save(tmp_path / "data" / "b")  # an hour before the others
     make("half").save(tmp_path / "data" / ".new-x")
+    make("before time", "0001-01-01T00:00:00+14:00").save(tmp_path / "data" / "c")
     (tmp_path / "data" / "broken").mkdir()
     (tmp_path / "data" / "broken" / "manifest.json").write_text("{")
     found = find_manifests(tmp_path)
     assert [header.name for header in found] == ["new", "old", "east"]
     assert (found[0].classes, found[0].images) == (2, 3)
     assert newest_manifest(tmp_path) == tmp_path / "data" / "a"
+
+
+def test_splits_come_in_one_order_whatever_the_file_says(tmp_path: Path) -> None:
+    make().save(tmp_path / "m")
+    rewrite(tmp_path / "m", splits={"test": 1, "train": 3})
+    assert list(Manifest.load(tmp_path / "m").splits) == ["train", "test"]  # audit counts the first one's images
+
+
+def test_a_name_too_long(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*too long"):
+        Manifest.load("x" * 300)
+
+
+@pytest.mark.parametrize(("stdin", "message"), [
+    ("", "printed no path"), ('{"runs": []}', "list of runs is empty"), ('{"runs": 3}', "no JSON of a balms stage"),
+    ("a\nb\n", "one data set is needed, stdin names 2"), ('{"runs": [{"run": "a"}, {"run": "b"}]}', "stdin names 2"),
+])  # fmt: skip
+def test_what_stdin_may_not_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdin: str, message: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    with pytest.raises(DataError, match=message):
+        find_manifest("-", tmp_path, Reporter())
+
+
+def test_a_folder_of_images_is_told_to_be_made_a_data_set(tmp_path: Path) -> None:
+    (tmp_path / "my photos").mkdir()
+    with pytest.raises(DataError, match=r"balms make-lt '.*my photos' --as-is"):
+        find_manifest(str(tmp_path / "my photos"), tmp_path, Reporter())

@@ -190,6 +190,19 @@ def test_values_that_are_no_numbers_are_no_light(tmp_path: Path) -> None:
     assert pixels[0, 0, :5].tolist() == [0, 0, 255, 0, 128]
 
 
+@pytest.mark.parametrize(("size", "drafted"), [(60, (160, 120)), (61, (320, 240)), (120, (320, 240)), (121, (640, 480))])
+def test_a_photo_is_decoded_at_twice_the_size_needed_at_least(tmp_path: Path, size: int, drafted: tuple[int, int]) -> None:
+    with Image.open(picture(tmp_path / "x.jpg", size=(640, 480))) as image:
+        decode._draft(image, size, 480)
+        assert image.size == drafted
+
+
+@pytest.mark.parametrize(("highest", "white"), [(255, 255), (256, 1), (65535, 255)])
+def test_the_range_of_32_bits_is_that_of_the_values(tmp_path: Path, highest: int, white: int) -> None:
+    Image.fromarray(np.array([[0, highest]] * 2, dtype=np.int32)).save(tmp_path / "x.tif")
+    assert read_image(tmp_path / "x.tif", 2)[0].tolist() == [[0, white]] * 2
+
+
 def test_a_deep_image_of_many_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "_STRIP", 5 * SIDE)  # 5 rows at a time: the last strip is shorter
     (tmp_path / "g.png").write_bytes(png_of(DEEP[:, :, :1], 0))

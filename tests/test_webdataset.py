@@ -105,7 +105,8 @@ def test_another_sharding_is_the_same_draw(tmp_path):
 def test_members_are_those_of_tarfile(tmp_path, form):
     rng = random.Random(form)
     long = "" if form == tarfile.USTAR_FORMAT else "é" * 90 + "/"
-    files = [(f"{'d' * 60}/{long}{i:03d}.{'bin' if i % 2 else 'cls'}", rng.randbytes(rng.choice((0, 1, 511, 512, 513, 9000))))
+    files = [(f"{'d' * 60}/{long if i % 3 else ''}{i:03d}.{'bin' if i % 2 else 'cls'}",
+              rng.randbytes(rng.choice((0, 1, 511, 512, 513, 9000))))
              for i in range(200)]  # fmt: skip
     path = shard(tmp_path / "a.tar", files, form)
     with tarfile.open(path, "a", format=form) as archive:
@@ -120,14 +121,33 @@ def test_members_are_those_of_tarfile(tmp_path, form):
         assert content == true if member.size <= tar_entry.SMALL else true.startswith(content)
 
 
+def test_times_of_a_gnu_header_are_no_part_of_the_name(tmp_path):
+    path = shard(tmp_path / "a.tar", [("a.png", b"abc")], tarfile.GNU_FORMAT)
+    content = bytearray(path.read_bytes())
+    content[345:356] = b"14751234567"  # the time of the last access, where other tars have the folder
+    path.write_bytes(content)
+    assert [member.name for member, _ in tar_entry.members(path)] == ["a.png"]
+
+
+def test_a_sparse_file_is_passed_over(tmp_path):
+    """What it holds is a map of its holes and then what lies between them: no image."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, headers in (("hole.png", {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}), ("whole.png", {})):
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = 3, headers
+            archive.addfile(member, io.BytesIO(b"abc"))
+    assert [member.name for member, _ in tar_entry.members(tmp_path / "a.tar")] == ["whole.png"]
+
+
 def test_labels_in_every_form(tmp_path):
     one = png(1)
     files = [("a.JPG", one), ("a.txt", "caf\u00e9\n".encode()), ("b.png", one), ("b.json", b'{"label": "dog", "x": 1}'),
              ("c.x.txt", b"not its label"), ("c.png", one), ("c.txt", b"dog"), ("README.txt", b"no image"), ("d.npy", b"0"),
-             ("e/f.g.png", one), ("e/f.png", one), ("e/f.json", b'"cat"'), ("e/f.txt", b"a caption")]  # fmt: skip
+             ("e/f.g.png", one), ("e/f.png", one), ("e/f.json", b'"cat"'), ("e/f.txt", b"a caption"),
+             ("g.jpg", one), ("g.png", one), ("g.cls", b"7")]  # fmt: skip
     source = open_(shard(tmp_path / "a.tar", files))
     labels = {tar_entry.name_of(key): source.classes[label] for key, label in source.train}
-    assert labels == {"a.JPG": "café", "b.png": "dog", "c.png": "dog", "e/f.png": "cat"}
+    assert labels == {"a.JPG": "café", "b.png": "dog", "c.png": "dog", "e/f.png": "cat", "g.jpg": "7"}
 
 
 @pytest.mark.parametrize(("files", "message"), [
@@ -136,6 +156,7 @@ def test_labels_in_every_form(tmp_path):
     ([("a.png", b"x"), ("a.cls", b"1" * 5000)], "label that cannot be read"),
     ([("a.png", b"x"), ("a.json", b"{")], "label that cannot be read"),
     ([("a.png", b"x"), ("a.json", b'{"label": [1]}')], "label that cannot be read"),
+    ([("a.png", b"x"), ("a.json", b'{"label": true}')], "label that cannot be read"),
     ([("a.png", b"x"), ("a.json", b"[" * 3000)], "label that cannot be read"),
     ([("a.png", b"x"), ("a.txt", b"two\nlines")], "label that cannot be read"),
     ([("a.png", b"x"), ("a.cls", b"0"), ("b.png", b"x"), ("b.cls", b"0"), ("a.png", b"x"), ("a.cls", b"0")], "there twice"),
@@ -301,3 +322,43 @@ def test_audit_reads_images_in_shards(balms, tmp_path):
     assert balms("make-lt", tmp_path / "s", "--as-is").code == 3
     assert balms("make-lt", tmp_path / "s", "--as-is", "--skip-bad").code == 0
     assert balms("audit", "--strict").code == 3  # the manifest: one content under two labels
+
+
+def test_audit_tells_of_samples_that_make_lt_stops_at(balms, tmp_path):
+    shard(tmp_path / "a.tar", [("a.png", png(1)), ("b.png", png(2)), ("b.cls", b"0"), ("c.png", png(3)), ("c.cls", b"1")])
+    done = balms("audit", tmp_path / "a.tar", "--json")
+    assert done.code == 0, done.err
+    told = {one["kind"]: one for one in json.loads(done.out)["findings"]}
+    assert told["listed-sample"]["stops_make_lt"] and "sample 'a' in a.tar has no label" in told["listed-sample"]["examples"][0]
+
+
+def test_samples_without_an_image_that_can_be_read_are_told(balms, tmp_path):
+    files = [("a.heic", b"x"), ("a.cls", b"0"), ("b.png", png(2)), ("b.cls", b"0"), ("c.png", png(3)), ("c.cls", b"1"),
+             ("d.e.png", png(4)), ("d.cls", b"1"), ("e.npy", b"0"), ("f.txt", b"a caption")]  # fmt: skip
+    done = balms("make-lt", shard(tmp_path / "a.tar", files), "--as-is")
+    assert done.code == 0 and "2 samples have a label but no image that can be read (1 .heic, 1 .e.png)" in done.err
+    findings = json.loads(balms("audit", tmp_path / "a.tar", "--json").out)["findings"]
+    assert {one["kind"]: one["count"] for one in findings if one["level"] == "problem"} == {"undecoded": 2}
+
+
+def test_a_pattern_names_each_shard_once_and_all_of_them_are_training(tmp_path):
+    written(tmp_path / "s", "train", [3, 2]), written(tmp_path / "s", "val", [2, 2])
+    both = open_(f"{tmp_path}/s/my-{{train,val}}-000.tar")
+    assert len(both.train) == 9 and both.test is None
+    with pytest.raises(DataError, match=r"means my-val-000\.tar twice"):
+        open_(f"{tmp_path}/s/my-{{val,val}}-000.tar")
+    (tmp_path / "t").symlink_to(tmp_path / "s")
+    with pytest.raises(DataError, match="twice"):
+        open_(f"{tmp_path}/{{s,t}}/my-val-000.tar")
+
+
+@pytest.mark.parametrize("record", [
+    "11 size=\u00b2\n".encode(), b"000000010" + b"0" * 4300 + b" path=x\n", b"9" * 30 + b" path=x\n"
+])  # fmt: skip
+def test_extended_attributes_with_odd_numbers_are_passed_over(tmp_path, record):
+    head = tarfile.TarInfo("x")
+    head.type, head.size = b"x", len(record)
+    rest = shard(tmp_path / "a.tar", [("a.png", png(1)), ("a.cls", b"0")]).read_bytes()
+    (tmp_path / "a.tar").write_bytes(head.tobuf() + record.ljust(-(-len(record) // 512) * 512, b"\0") + rest)
+    source = open_(tmp_path / "a.tar")
+    assert [content_of(source, key) for key, _ in source.train] == [png(1)]

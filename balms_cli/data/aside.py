@@ -47,10 +47,15 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _swap(fresh: Path, target: Path) -> None:
+def _swap(fresh: Path, target: Path, keep_existing: bool) -> None:
     """Move ``fresh`` to ``target``; what was there is moved aside first, and back should the move fail."""
     if not target.exists():
-        os.rename(fresh, target)
+        try:
+            return os.rename(fresh, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise  # else another process was quicker
+    if keep_existing:
         return
     old = Path(tempfile.mkdtemp(prefix=".old-", dir=target.parent))
     try:
@@ -77,8 +82,7 @@ def folder_aside(target: Path, *, keep_existing: bool = False) -> Iterator[Path]
         fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
         yield fresh
         fresh.chmod(0o777 & ~_umask())  # mkdtemp makes it private; the result is as open as any new folder
-        if not (keep_existing and target.exists()):
-            _swap(fresh, target)
+        _swap(fresh, target, keep_existing)
     except OSError as error:
         if error.errno is None:
             raise  # not the system's: a damaged archive that is being read

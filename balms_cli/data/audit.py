@@ -3,6 +3,7 @@
 Shapes: N entries (an image in a split), S splits, C classes.
 """
 
+import os
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -66,11 +67,11 @@ def open_listing(data: str, data_root: str | None, offline: bool, reporter: Repo
 
     Raises: DataError (exit 3) where there is nothing to list; what is wrong inside is collected in ``problems``.
     """
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if data == "digits" or data in known.ARCHIVES:
         check_known(data, images, names, leaf_classes)
         return _known(data, data_root, offline, reporter)
-    if (path / HEADER).is_file() or (path.suffix == ".json" and path.is_file() and is_manifest(path)):
+    if os.path.isfile(path / HEADER) or (path.suffix == ".json" and os.path.isfile(path) and is_manifest(path)):
         check_known("a manifest", images, names, leaf_classes)
         return _manifest(path)
     form = form_of(data)
@@ -138,7 +139,7 @@ def _from_lists(kind: str, name: str, path: Path, parsed: lists.Lists, problems:
     parts = {"train": parsed.train} | {split: part for split, part in (("val", parsed.val), ("test", parsed.test))
                                        if part is not None}  # fmt: skip
     listing = _listing(kind, name, str(path), str(parsed.root), parsed.classes, parts)
-    listing.bad, listing.problems = parsed.bad, problems
+    listing.bad, listing.problems, listing.passed = parsed.bad, problems, parsed.passed
     return listing
 
 

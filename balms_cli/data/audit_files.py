@@ -128,7 +128,7 @@ def look(listing: Listing, reporter: Reporter, *, decode: bool, hashes: bool, wo
     if not listing.has_files:
         return _arrays(listing, hashes)
     facts = Facts.unknown(len(listing.keys), decoded=decode, hashed=hashes)
-    if not Path(listing.root).is_dir():
+    if not os.path.isdir(listing.root):
         facts.root_gone, facts.decoded, facts.hashed = True, False, False
         return facts
     root, workers = _Root(listing.root), max(1, workers if workers is not None else default_workers())
@@ -285,7 +285,7 @@ def _pixels(listing: Listing):
         yield from ((f"digit-{i:04d}", image) for i, image in enumerate(load_digits().images, 1))
         return
     source = listing.manifest.source["name"] if listing.manifest else listing.name
-    if source in known.ARCHIVES and Path(listing.root).is_dir():
+    if source in known.ARCHIVES and os.path.isdir(listing.root):
         for part in ("train", "test"):
             for keys, _, images in known.read_batches(known.ARCHIVES[source], Path(listing.root), part):
                 yield from zip(keys, images, strict=True)

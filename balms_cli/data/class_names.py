@@ -72,9 +72,9 @@ def _from_lines(text: str) -> list[tuple[str, str]]:
     last = [line.rsplit(maxsplit=1) for line in lines]
     if all(len(parts) == 2 and _SYNSET.fullmatch(parts[0]) for parts in first):
         return [(parts[0], parts[1]) for parts in first]
-    if all(len(parts) == 2 and parts[1].isascii() and parts[1].isdigit() for parts in last):
+    if all(len(parts) == 2 and re.fullmatch(r"[0-9]{1,9}", parts[1]) for parts in last):
         return [(str(int(parts[1])), _LETTER.sub("", parts[0], count=1)) for parts in last]
-    if all(len(parts) == 2 and re.fullmatch(r"[0-9]+[:,]?", parts[0]) for parts in first):
+    if all(len(parts) == 2 and re.fullmatch(r"[0-9]{1,9}[:,]?", parts[0]) for parts in first):
         return [(str(int(parts[0].rstrip(":,"))), parts[1]) for parts in first]
     return [(str(i), line) for i, line in enumerate(lines)]
 

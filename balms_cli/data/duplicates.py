@@ -18,13 +18,15 @@ KINDS = (TRAIN_TEST, TWO_LABELS, SPLITS, WITHIN)
 @dataclass(frozen=True)
 class Duplicates:
     """``row_M``: entries with a twin, group by group; ``begin_G``, ``size_G``: where in it each group lies;
-    ``kind_G``: index into KINDS; ``labels_G``: whether the group has two labels, whatever its kind."""
+    ``kind_G``: index into KINDS; ``labels_G``, ``several_G``: whether the group has two labels, is in two splits, whatever
+    its kind."""
 
     row_M: np.ndarray
     begin_G: np.ndarray
     size_G: np.ndarray
     kind_G: np.ndarray
     labels_G: np.ndarray
+    several_G: np.ndarray
 
     def of_kind(self, kind: str) -> np.ndarray:
         """Indices of the groups of one kind."""
@@ -53,7 +55,7 @@ def find(listing: Listing, content_N: np.ndarray) -> Duplicates:
     begin_G = np.cumsum(size_G) - size_G
     if not size_G.size:
         nothing = np.zeros(0, np.int64)
-        return Duplicates(row_M, nothing, nothing, nothing, nothing.astype(bool))
+        return Duplicates(row_M, nothing, nothing, nothing, nothing.astype(bool), nothing.astype(bool))
     bit_M = (1 << listing.split_N[row_M].astype(np.int64)).astype(np.int64)
     splits_G = np.bitwise_or.reduceat(bit_M, begin_G)
     label_M = listing.label_N[row_M]
@@ -62,4 +64,4 @@ def find(listing: Listing, content_N: np.ndarray) -> Duplicates:
     leak_G = ((splits_G & both) == both) & (both.bit_count() == 2)
     several_G = (splits_G & (splits_G - 1)) != 0
     kind_G = np.select([leak_G, labels_G, several_G], [0, 1, 2], 3)
-    return Duplicates(row_M, begin_G, size_G, kind_G, labels_G)
+    return Duplicates(row_M, begin_G, size_G, kind_G, labels_G, several_G)

@@ -1,6 +1,7 @@
 """Folders of images: ``train/CLASS/*`` with ``test/CLASS/*`` or ``val/CLASS/*`` or both, or ``CLASS/*``.
 
-These are torchvision's ImageFolder, ImageNet and INaturalist layouts, too. ``val`` alone is the test split, as ImageNet's is.
+These are torchvision's ImageFolder, ImageNet and INaturalist layouts, too. ``val`` alone is the test split, as ImageNet's is;
+it may be called ``valid`` or ``validation``.
 """
 
 import os
@@ -16,6 +17,12 @@ EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
      ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif")
 )  # fmt: skip
+# Pictures by name that are not decoded here; they are told of, where other files are merely counted.
+UNDECODED = frozenset(
+    (".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".xcf", ".exr", ".ico", ".eps", ".dcm", ".dng", ".cr2", ".cr3", ".nef",
+     ".arw", ".orf", ".raf", ".rw2")
+)  # fmt: skip
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 _MAX_REPEATS = 100_000  # folders met again by way of links: above that it is a trap, not a data set
 MAX_DEPTH = 100  # folders in one another; the system takes time that grows with the cube of it
 TOO_DEEP = f"more than {MAX_DEPTH} folders deep"
@@ -65,6 +72,7 @@ def scan(folder: Path, problems: list[Problem] | None = None, *, leaves: bool = 
             result.train = _classes(result, "")
             return result
         train, test, val = names
+        val = next((name for name in (val, "valid", "validation") if _has_classes(root / name)), val)
         used = {train}
         result.train = _classes(result, f"{train}/")
         if (root / test).is_dir():
@@ -87,6 +95,12 @@ def scan(folder: Path, problems: list[Problem] | None = None, *, leaves: bool = 
     return result
 
 
+def undecoded(passed: Counter[str]) -> str:
+    """What to say of the pictures among the files that were passed over, counted by ending; '' where there are none."""
+    kinds = [f"{n:,} {ending}" for ending, n in passed.most_common() if ending in UNDECODED]
+    return f"left out, as they cannot be decoded here: {', '.join(kinds)}; convert them to JPEG or PNG" if kinds else ""
+
+
 def _has_classes(folder: Path) -> bool:
     return folder.is_dir() and any(_is_dir(entry) for entry in os.scandir(folder) if not entry.name.startswith("."))
 
@@ -99,8 +113,12 @@ def _is_split(train: Path, test: Path) -> bool:
     return any(_is_dir(entry) for entry in entries) and (test.is_dir() or not any(_is_image(entry.name) for entry in entries))
 
 
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
 def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+    return _ending(name) in EXTENSIONS and not name.startswith(".")
 
 
 def _is_dir(entry: os.DirEntry) -> bool:
@@ -121,16 +139,18 @@ def _mind(result: Scan, kind: str, message: str) -> None:
 def _classes(result: Scan, prefix: str, *, needed: bool = True) -> dict[str, list[str]]:
     """The class folders under ``root/prefix``. ``needed``: one without images is an error."""
     base = result.root / prefix
-    names = []
+    names, packed = [], ""
     for entry in os.scandir(base):
         if entry.name.startswith("."):
             continue
         if _is_dir(entry):
             names.append(entry.name)
-        elif _is_image(entry.name):
+        elif entry.name.lower().endswith(_ARCHIVES):
+            packed = f"; {printable(entry.name)} in it is an archive: unpack it"
+        elif _is_image(entry.name) or _ending(entry.name) in UNDECODED:
             result.stray += 1
     if not names:
-        message = f"{base} holds no class folders; expected train/CLASS/* with test/CLASS/*, or CLASS/*"
+        message = f"{base} holds no class folders; expected train/CLASS/* with test/CLASS/*, or CLASS/*{packed}"
         if prefix != "test/":
             raise DataError(message)
         _mind(result, "no-classes", message)
@@ -140,10 +160,11 @@ def _classes(result: Scan, prefix: str, *, needed: bool = True) -> dict[str, lis
             _mind(result, "class-name",
                   f"{base}: class folder '{printable(name)}' has a control character in its name; rename it")  # fmt: skip
             continue
-        refused = len(result.bad)
+        refused, passed = len(result.bad), Counter(result.passed)
         keys = sorted(_images(result, prefix + name))
         if not keys and len(result.bad) == refused and result.problems is None and needed:
-            raise DataError(f"class '{name}' has no images: {base / name} is empty or holds other file types")
+            told = undecoded(result.passed - passed) or f"{base / name} is empty or holds other file types"
+            raise DataError(f"class '{name}' has no images: {told}")
         if not result.leaves:
             if keys or needed:
                 classes[name] = keys
@@ -190,7 +211,7 @@ def _images(result: Scan, key: str) -> list[str]:
                     else:
                         folders.append((path, f"{real}{os.sep}{entry.name}"))
                 elif not _is_image(entry.name):
-                    result.passed[os.path.splitext(entry.name)[1].lower()] += 1
+                    result.passed[_ending(entry.name)] += 1
                 elif reason := _refusal(entry, result.root):
                     result.bad.append((path, reason))
                 else:

@@ -76,7 +76,7 @@ class Found:
 def cache_dir() -> Path:
     """``BALMS_CACHE``, or ``balms`` in the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
     if given := os.environ.get("BALMS_CACHE"):
-        return Path(given).expanduser().absolute()
+        return Path(os.path.expanduser(given)).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().absolute() / "balms"
 
 
@@ -88,11 +88,11 @@ def ways(archive: Archive) -> str:
 def locate(archive: Archive, data_root: str | None, offline: bool, reporter: Reporter) -> Found:
     """Find the set on disk, or download it. Raises: DataError (exit 3), ConfigError (unwritable cache)."""
     cache = cache_dir()
-    if data_root is not None and not Path(data_root).expanduser().is_dir():
+    if data_root is not None and not os.path.isdir(os.path.expanduser(data_root)):
         raise DataError(f"--data-root {data_root} is not a folder; {ways(archive)}")
     given = [path for path in (data_root, os.environ.get("BALMS_DATA")) if path]
     unpacked = sorted(cache.glob(f"unpacked/{archive.name}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for place in [*(Path(path).expanduser().absolute() for path in given), cache, *unpacked]:
+    for place in [*(Path(os.path.expanduser(path)).absolute() for path in given), cache, *unpacked]:
         if found := _look(archive, place, cache, reporter):
             reporter.note(f"{archive.name}: {found.root}")
             return found

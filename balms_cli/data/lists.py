@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,8 @@ class Entries:
 
 @dataclass
 class Lists:
-    """Splits as (key, label) pairs, ``classes`` in order of their labels; ``files``: the sibling that a split is from."""
+    """Splits as (key, label) pairs, ``classes`` in order of their labels; ``files``: the sibling that a split is from;
+    ``passed``: samples of shards that have a label but no image, by the ending of what they have."""
 
     root: Path
     classes: list[str]
@@ -59,6 +61,7 @@ class Lists:
     val: list[Item] | None = None
     bad: list[tuple[str, str]] = field(default_factory=list)
     files: dict[str, Path] = field(default_factory=dict)
+    passed: Counter[str] = field(default_factory=Counter)
 
 
 def siblings(path: Path) -> dict[str, Path]:
@@ -81,9 +84,9 @@ def read(path: Path, problems: list[Problem] | None = None, images: Path | None 
     ``problems``: takes these messages instead, the lines they are about left out; a class without training images stays,
     and ``bad`` stays empty.
     """
+    if images is not None and not os.path.isdir(images):
+        raise DataError(f"the images' folder {images} is not there: --images names it")
     root = (images or path.resolve().parent).resolve()
-    if not root.is_dir():
-        raise DataError(f"the images' folder {root} is not there: --images names it")
     bad: list[tuple[str, str]] = []
     reader = {".csv": _table, ".json": _annotations}.get(path.suffix.lower(), _lines)
     parts = reader(path, root, bad, problems)
@@ -155,7 +158,8 @@ def _integer_classes(train: Entries, used: set[str], problems: list[Problem] | N
     highest = max(numbers, default=-1)
     if len(numbers) <= highest and (problems is None or highest - len(numbers) >= _MAX_GAPS):
         empty = next(label for label in range(highest) if label not in numbers)
-        raise DataError(f"class {empty} has no images in {train.name}: integer labels must cover all of 0..{highest}")
+        raise DataError(f"class {empty} has no images in {train.name}: integer labels must cover all of 0..{highest}; "
+                        "count from 0, or write names")  # fmt: skip
     return [str(label) for label in range(highest + 1)]
 
 
@@ -242,7 +246,7 @@ def _lines(
                   f"{path.name} line {number}: expected 'path label', got '{printable(content[:80])}'")  # fmt: skip
             continue
         taker.take(number, parts[0] if prefix is None else prefix + parts[0].lstrip("/"), parts[1])
-    if not taker.entries.keys:
+    if not taker.entries.keys and not problems:
         raise DataError(f"{path} lists no images; expected lines of 'path label'")
     return {"train": taker.entries}
 
@@ -254,6 +258,8 @@ def _annotations(path: Path, root: Path, bad: list[tuple[str, str]], problems: l
         with open(path, encoding="utf-8-sig") as stream:
             found = json.load(stream)
         labels = {one["image_id"]: one["category_id"] for one in found["annotations"]}
+        if len(labels) < len(found["annotations"]):
+            raise ValueError("an image has several")
         images = [(one["file_name"], labels.pop(one["id"])) for one in found["images"]]
         if labels or not all(isinstance(name, str) and type(label) is int for name, label in images):
             raise ValueError("images and annotations do not fit each other")
@@ -268,7 +274,7 @@ def _annotations(path: Path, root: Path, bad: list[tuple[str, str]], problems: l
             _mind(problems, "line", f"{path.name} image {number}: its file name is empty or holds a control character")
             continue
         taker.take(number, name, str(label))
-    if not taker.entries.keys:
+    if not taker.entries.keys and not problems:
         raise DataError(f"{path} lists no images")
     return {"train": taker.entries}
 
@@ -318,7 +324,8 @@ def _column(path: Path, header: list[str], names: tuple[str, ...]) -> int:
     for name in names:
         if name in header:
             return header.index(name)
-    raise DataError(f"{path}: the first line must name the columns, path,label or path,label,split; '{names[0]}' is missing")
+    raise DataError(f"{path}: the first line must name the columns, path,label or path,label,split, with commas between them; "
+                    f"'{names[0]}' is missing")  # fmt: skip
 
 
 def _key(path: str, root: Path, name: str, number: int) -> str:
@@ -332,7 +339,7 @@ def _key(path: str, root: Path, name: str, number: int) -> str:
     if os.path.isabs(path):  # perhaps written by way of a link to the root
         absolute = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
     if not is_inside(absolute, root) or absolute == str(root):
-        raise DataError(f"{name} line {number}: '{path}' leads out of the list's folder {root}")
+        raise DataError(f"{name} line {number}: '{path}' leads out of {root}; --images names the folder that holds all images")
     return os.path.relpath(absolute, root).replace(os.sep, "/")
 
 

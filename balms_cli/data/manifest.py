@@ -4,6 +4,7 @@ A manifest may come from a stranger: everything in it is checked before it is be
 """
 
 import json
+import os
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,7 +89,7 @@ class Manifest:
     def load(path_or_file: str | Path) -> "Manifest":
         """Read and check a manifest: its folder, or the ``manifest.json`` in it. Raises: DataError (exit 3)."""
         file = Path(path_or_file)
-        file = file / HEADER if file.is_dir() else file
+        file = file / HEADER if os.path.isdir(file) else file
         header = _parse_header(_read(file), file)
         classes, folder = header.classes, file.parent
         if not classes or len(set(classes)) != len(classes):
@@ -97,7 +98,7 @@ class Manifest:
             raise DataError(f"{file}: a class name is empty or holds a control character")
         if "train" not in header.splits or "test" not in header.splits:
             raise DataError(f"{file}: the splits 'train' and 'test' must both be there")
-        texts = {split: _read(folder / f"{split}.csv") for split in header.splits}
+        texts = {split: _read(folder / f"{split}.csv") for split in SPLITS if split in header.splits}  # train first
         if index_sha256(classes, texts) != header.sha256:
             raise DataError(f"{file}: the index files are not those it was made with (sha256 differs): make it anew")
         splits = {split: parse_index(text, folder / f"{split}.csv", len(classes)) for split, text in texts.items()}
@@ -122,15 +123,16 @@ class Manifest:
         document["splits"] = {split: len(part) for split, part in self.splits.items()}
         return json.dumps(document, ensure_ascii=False, indent=1) + "\n"
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, folder: str | Path, *, overwrite: bool = False, keep_existing: bool = False) -> None:
         """Write the manifest to ``folder``, whole or not at all.
 
         ``overwrite`` replaces a manifest that is there; a folder with anything else in it is never deleted.
+        ``keep_existing``: one that appears meanwhile, by another process that makes the same, stays.
         Raises: ConfigError (exit 2) for a folder in use or not to be written to, DataError (exit 3) for a full disk.
         """
         folder = Path(folder)
         check_target(folder, overwrite=overwrite)
-        with aside.folder_aside(folder) as fresh:
+        with aside.folder_aside(folder, keep_existing=keep_existing) as fresh:
             for split, text in self.index_texts().items():
                 (fresh / f"{split}.csv").write_text(text, encoding="utf-8", newline="")
             (fresh / HEADER).write_text(self.header_text(), encoding="utf-8", newline="")
@@ -139,10 +141,10 @@ class Manifest:
 def check_target(folder: Path, *, overwrite: bool) -> None:
     """Refuse a folder that a manifest must not be written to. Raises: ConfigError."""
     try:
-        if not folder.is_dir():
-            if folder.exists():
-                raise ConfigError(f"{folder} is a file; a manifest is a folder: choose another --out")
+        if not folder.exists():
             return
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is a file; a manifest is a folder: choose another --out")
         entries = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         raise aside.write_error(error, folder) from None
@@ -187,7 +189,7 @@ def find_manifests(workspace: Path) -> list[Header]:
         try:
             found = _parse_header(_read(file), file)
             created = datetime.fromisoformat(found.created).astimezone(UTC).isoformat(timespec="microseconds")
-        except (DataError, ValueError):
+        except (DataError, ValueError, OverflowError):  # the last: of a year that no other time zone has
             continue
         k, images = len(found.classes), sum(found.class_counts)
         headers.append(Header(file.parent, found.name, created, found.sha256, k, images))

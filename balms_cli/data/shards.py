@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,24 +72,25 @@ def find(source: str) -> dict[str, list[Path]]:
     beside them whose names differ in that word and in numbers alone are the other splits. Shards of one pattern may lie in
     several folders, so on several disks.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         files = sorted(path / name for name in _names(path) if name.endswith(".tar") and not name.startswith("."))
         splits: dict[str, list[Path]] = {}
         for file in files:
             splits.setdefault(_split_of(file.name) or "train", []).append(file)
     else:
-        files = [path] if path.is_file() else [Path(name) for name in expand(str(path))]
-        missing = [file for file in files if not file.is_file()]
+        files = [path] if os.path.isfile(path) else [Path(name) for name in expand(str(path))]
+        missing = [file for file in files if not os.path.isfile(file)]
         if missing:
             raise DataError(f"{len(missing)} of {len(files)} shards of '{printable(source)}' are not there, such as "
                             f"{printable(str(missing[0]))}")  # fmt: skip
         splits = {"train": files}
+        named = set(files)
         form = _form(files[0].name) if _split_of(files[0].name) == "train" else None
         for folder in dict.fromkeys(file.parent for file in files):
             for name in sorted(_names(folder)):
                 split = _split_of(name)
-                if split in ("test", "val") and _form(name) == form:
+                if split in ("test", "val") and _form(name) == form and folder / name not in named:
                     splits.setdefault(split, []).append(folder / name)
     if not splits.get("train"):
         raise DataError(f"{printable(source)} holds no training shards, only those of {', '.join(splits) or 'nothing'}")
@@ -122,6 +124,8 @@ def read(source: str, reporter: Reporter, problems: list[Problem] | None = None)
             for split, files in splits.items()}  # fmt: skip
     bad: list[tuple[str, str]] = []
     parts: dict[str, Entries] = {}
+    named: set[str] = set()
+    passed: Counter[str] = Counter()
     with reporter.task("indexing shards", sum(map(len, splits.values())), unit="shard") as task:
         for split, files in splits.items():
             part = parts[split] = Entries("the shards", where=lambda self, i: f"{printable(self.keys[i])}")
@@ -131,7 +135,10 @@ def read(source: str, reporter: Reporter, problems: list[Problem] | None = None)
                     raise DataError(f"{file} is a link that leaves {root}: name the place of the file itself, in braces with "
                                     "the others ({a,b}/train-{00..12}.tar)")  # fmt: skip
                 name = os.path.relpath(file.parent.resolve() / file.name, root).replace(os.sep, "/")
-                for key, label in _samples(file, name, bad, problems):
+                if name in named:
+                    raise DataError(f"'{printable(source)}' means {printable(name)} twice: name each shard once")
+                named.add(name)
+                for key, label in _samples(file, name, bad, passed, problems):
                     part.keys.append(key)
                     part.labels.append(texts.setdefault(label, label))
                 task.advance()
@@ -139,15 +146,20 @@ def read(source: str, reporter: Reporter, problems: list[Problem] | None = None)
                 raise DataError(f"{files[0].parent}: the {split} shards hold no images; expected samples of an image and "
                                 f".cls, .json or .txt")  # fmt: skip
     result = assemble(root, parts, bad, problems)
+    result.passed = passed
     result.files = {split: told[split] for split in ("test", "val") if split in told}
     return result
 
 
-def _samples(file: Path, shard: str, bad: list[tuple[str, str]], problems: list[Problem] | None) -> Iterator[tuple[str, str]]:
-    """(key, label as written) of every sample with an image; ``shard``: the file as keys name it."""
+def _samples(
+    file: Path, shard: str, bad: list[tuple[str, str]], passed: Counter[str], problems: list[Problem] | None
+) -> Iterator[tuple[str, str]]:
+    """(key, label as written) of every sample with an image; ``shard``: the file as keys name it. ``passed`` counts samples
+    that have a label beside another file, but no image, by the ending of that file."""
     seen: set[str] = set()
     for base, group in itertools.groupby(members(file), key=lambda found: _base(found[0].name)):
         image: Member | None = None
+        other = ""
         texts: dict[str, tuple[Member, bytes]] = {}
         for member, content in group:
             ending = member.name[len(base) + 1 :].lower()
@@ -155,8 +167,12 @@ def _samples(file: Path, shard: str, bad: list[tuple[str, str]], problems: list[
                 texts.setdefault(ending, (member, content))
             elif "." + ending in EXTENSIONS and image is None:
                 image = member
-        if image is None:
-            continue  # features, captions alone, or a file that tells about the shard
+            else:
+                other = other or ending
+        if image is None:  # a photo that is not decoded here, features; captions alone, or a file that tells about the shard
+            if texts and other:
+                passed[f".{printable(other[:20])}"] += 1
+            continue
         told = f"sample '{printable(base[:80])}' in {file.name}"
         if base in seen:
             _mind(problems, f"{told} is there twice, not in one piece: its files must follow each other")
@@ -168,8 +184,8 @@ def _samples(file: Path, shard: str, bad: list[tuple[str, str]], problems: list[
             continue
         label = next((_label(ending, *texts[ending]) for ending in _LABELS if ending in texts), None)
         if label is None:
-            what = "has no label: expected .cls, .json or .txt" if not texts else "has a label that cannot be read: " \
-                   "expected a number in .cls, 'label' in .json, or one line in .txt"  # fmt: skip
+            what = "has no label: expected .cls, .json or .txt (a tar of class folders is to be unpacked)" if not texts else \
+                   "has a label that cannot be read: expected a number in .cls, 'label' in .json, one line in .txt"  # fmt: skip
             _mind(problems, f"{told} {what}")
             continue
         yield key, label

@@ -1,7 +1,9 @@
 """Sources of images: digits, CIFAR, a folder, a list, shards. A source says what is there; nothing is drawn here yet."""
 
 import itertools
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -11,7 +13,7 @@ from ..config import MakeLTConfig, suggest
 from ..errors import ConfigError, DataError
 from ..reporter import Reporter
 from . import class_names, folders, known, lists, shards, tar_entry
-from .aside import printable
+from .aside import name_some, printable
 from .lists import Item
 from .longtail import order_images
 
@@ -63,7 +65,7 @@ def open_source(config: MakeLTConfig, reporter: Reporter, archives: dict[str, kn
         return _digits()
     if name in archives:
         return _cifar(archives[name], config, reporter)
-    form, path = form_of(name), Path(name).expanduser()
+    form, path = form_of(name), Path(os.path.expanduser(name))
     if form is None:
         raise DataError(f"no such source: '{printable(name)}'; {suggest(name, ['digits', *archives])} or a folder, a list "
                         "file, or tar shards")  # fmt: skip
@@ -74,37 +76,63 @@ def open_source(config: MakeLTConfig, reporter: Reporter, archives: dict[str, kn
 
 
 def form_of(source: str) -> str | None:
-    """How a source gives its images: FOLDER, PLACES, SHARDS or LIST; None where nothing of that name is there."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if any((path / name).is_file() for name in lists.PLACES365):
+    """How a source gives its images: FOLDER, PLACES, SHARDS or LIST; None where nothing of that name is there.
+
+    Raises: DataError for a place that cannot be looked at.
+    """
+    path = Path(os.path.expanduser(source))
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        mode = 0
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise DataError(f"cannot read {printable(source)}: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
+        if any(os.path.isfile(path / name) for name in lists.PLACES365):
             return PLACES
         return SHARDS if shards.holds_shards(path) else FOLDER
     if shards.is_pattern(source):
         return SHARDS
-    return LIST if path.is_file() else None
+    return LIST if stat.S_ISREG(mode) else None
 
 
 def read_listed(
     form: str, source: str, images: str | None, reporter: Reporter, problems: list[folders.Problem] | None = None
 ) -> tuple[str, str, lists.Lists]:
     """The kind, name and splits of a source that is no folder of classes. ``problems``: see :func:`lists.read`."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
+    _refuse_archive(path)
     if form == SHARDS:
         # A pattern is called what it says beside its numbers.
         name = path.resolve().name if path.is_dir() else re.sub(r"[-_.]*\{.*\}|\.tar$", "", path.name) or "shards"
         return SHARDS, name, shards.read(source, reporter, problems)
     if form == PLACES:
         return LIST, path.resolve().name, lists.read_places365(path, problems)
-    folder = None if images is None else Path(images).expanduser()
+    folder = None if images is None else Path(os.path.expanduser(images))
     return LIST, path.stem or path.name, lists.read(path, problems, folder)
+
+
+def _refuse_archive(path: Path) -> None:
+    """Raises: DataError that says what to do, for a zip, or a tar that is compressed."""
+    if path.suffix == ".tar" or not os.path.isfile(path):
+        return
+    try:
+        with open(path, "rb") as file:
+            packed = file.read(16).startswith(tar_entry.PACKED)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if packed:
+        known_as = next((one for one in known.ARCHIVES.values() if path.name in (f"{one.name}.zip", one.filename)), None)
+        raise DataError(f"{path} is an archive: " + (
+            "unpack it and name what is in it: a folder, a list, or WebDataset shards (plain .tar files)" if known_as is None
+            else f"to read {known_as.name} from it, name {known_as.name} with --data-root {path.parent}"))  # fmt: skip
 
 
 def names_file(form: str, path: Path, given: str | None) -> Path | None:
     """The file with the names of the classes: the given one, or that which Places365 brings."""
     if given is None:
         return path / PLACES_NAMES if form == PLACES and (path / PLACES_NAMES).is_file() else None
-    return Path(given).expanduser()
+    return Path(os.path.expanduser(given))
 
 
 def check_known(name: str, images: str | None, names: str | None, leaf_classes: bool) -> None:
@@ -169,12 +197,43 @@ def _folder(path: Path, leaves: bool, reporter: Reporter) -> Source:
     classes = list(scan.train)
     test, val = (None if part is None else _label(part, classes) for part in (scan.test, scan.val))
     tell_splits(reporter, {"test": scan.val_is_test} if scan.val_is_test else {})
+    _tell_passed(reporter, scan)
+    if told := called_splits(classes):
+        reporter.warn(told)
     first = [keys[0].split("/")[-2] for keys in scan.train.values() if keys and keys[0].count("/") > 1]
     if not leaves and len(first) == len(classes) > 1 and all(one.isascii() and one.isdigit() for one in first) \
             and not set(first) & set(classes):  # fmt: skip
         reporter.note(f"folders with numbers lie within each class, as in iNaturalist: --leaf-classes makes each of them a "
                       f"class, such as '{printable(classes[0])}/{first[0]}'")  # fmt: skip
     return Source(FOLDER, scan.root.name, str(scan.root), classes, _label(scan.train, classes), test, bad=scan.bad, val=val)
+
+
+def no_image(passed: Counter[str]) -> str:
+    """What to say of samples in shards that were passed over though they have a label."""
+    kinds = ", ".join(f"{n:,} {ending}" for ending, n in passed.most_common(3))
+    return f"{passed.total():,} samples have a label but no image that can be read ({kinds}), and are passed over: " \
+           "expected NAME.jpg or the like, without another dot"  # fmt: skip
+
+
+def called_splits(classes: list[str]) -> str:
+    """What to say of classes that are called as splits are: the folders above the class folders, most likely. Else ''."""
+    if len(classes) < 2 or not all(name.lower() in lists.SPLIT_WORDS for name in classes):
+        return ""
+    return f"the classes are called {', '.join(classes)}: if these are splits, name their folders train, val and test, with " \
+           "class folders in each"  # fmt: skip
+
+
+def _tell_passed(reporter: Reporter, scan: folders.Scan) -> None:
+    """What of a folder is not used, but for hidden files."""
+    if told := folders.undecoded(scan.passed):
+        reporter.warn(told)
+    others = [f"{n:,} {printable(ending[:20]) or 'without ending'}" for ending, n in scan.passed.most_common()
+              if ending != "hidden" and ending not in folders.UNDECODED]  # fmt: skip
+    told = [f"files that are no images by name ({name_some(others)})"] if others else []
+    told += [f"{scan.stray:,} image{'s' * (scan.stray != 1)} outside class folders"] if scan.stray else []
+    told += [f"beside train and test: {name_some(sorted(map(printable, scan.beside)))}"] if scan.beside else []
+    if told:
+        reporter.note(f"passed over: {'; '.join(told)}")
 
 
 def tell_splits(reporter: Reporter, files: dict[str, object]) -> None:
@@ -185,8 +244,9 @@ def tell_splits(reporter: Reporter, files: dict[str, object]) -> None:
 
 def _label(part: dict[str, list[str]], classes: list[str]) -> list[Item]:
     """Keys a class name to (key, label), in label order. Raises: DataError for a class that ``classes`` lacks."""
+    there = set(classes)
     for name in part:
-        if name not in classes:
+        if name not in there:
             raise DataError(f"test class '{name}' has no training images: rename or remove it, or add some to train/")
     return [(key, label) for label, name in enumerate(classes) for key in part.get(name, [])]
 
@@ -194,6 +254,8 @@ def _label(part: dict[str, list[str]], classes: list[str]) -> list[Item]:
 def _listed(form: str, config: MakeLTConfig, reporter: Reporter) -> Source:
     kind, name, parsed = read_listed(form, config.source, config.images, reporter)
     tell_splits(reporter, parsed.files)
+    if parsed.passed:
+        reporter.warn(no_image(parsed.passed))
     train = None
     for split, part in (("test", parsed.test), ("val", parsed.val)):
         train = {key for key, _ in parsed.train} if part and train is None else train

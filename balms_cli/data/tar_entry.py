@@ -21,6 +21,8 @@ _MAX_NAME = 1 << 16  # bytes of a long name or a set of extended attributes
 SMALL = 4096  # bytes of a file whose content is given with its header
 _AHEAD = 8192  # bytes read at once: a header, a small label, the next header
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # not to wait for the writer of a pipe
+# How archives begin that cannot be read in place: zip, gzip, bzip2, xz, zstd, 7z, rar.
+PACKED = (b"PK\3\4", b"PK\5\6", b"\x1f\x8b", b"BZh91AY&SY", b"\xfd7zXZ", b"(\xb5/\xfd", b"7z\xbc\xaf", b"Rar!\x1a")
 _KEY = re.compile(r"(.+?\.tar)/@([0-9]{1,15})\+([0-9]{1,10})/.", re.DOTALL)
 
 
@@ -141,9 +143,8 @@ def _members(file: Path, descriptor: int, end: int) -> Iterator[tuple[Member, by
         size = _size(block, trusted=block[257:262] == b"ustar")  # adding up every header would take as long as all the rest
         if size is None:
             if at == 0:
-                packed = block[:2] == b"\x1f\x8b" or block[:4] in (b"(\xb5/\xfd", b"\xfd7zX") or block[:3] == b"BZh"
                 raise DataError(f"{file} is compressed; images are read in place, so unpack the shard to a plain .tar"
-                                if packed else f"{file} is not a tar file")  # fmt: skip
+                                if block.startswith(PACKED) else f"{file} is not a tar file")  # fmt: skip
             raise DataError(f"{file} is damaged: no header at byte {at}")
         kind, start = block[156:157], at + BLOCK
         if kind in (b"L", b"x", b"g", b"K"):
@@ -155,8 +156,8 @@ def _members(file: Path, descriptor: int, end: int) -> Iterator[tuple[Member, by
             elif kind == b"x":
                 attributes = _attributes(content)
         else:
-            if "size" in attributes and attributes["size"].isdigit():
-                size = int(attributes["size"][:15])
+            if (told := attributes.get("size", "")).isascii() and told.isdigit():
+                size = int(told[:15])
             name = attributes.get("path") or long_name or _name(block)
             sparse = any(key.startswith("GNU.sparse") for key in attributes)
             long_name, attributes = None, {}
@@ -178,13 +179,12 @@ def _name(block: bytes) -> str:
 
 def _attributes(content: bytes) -> dict[str, str]:
     """Extended attributes of POSIX tars: records of ``LENGTH key=value``."""
-    found = {}
-    while content:
-        length, space, _ = content.partition(b" ")
-        if not space or not length.isdigit() or not 0 < int(length[:9]) <= len(content):
+    found, at = {}, 0
+    while (space := content.find(b" ", at, at + 10)) > at:
+        digits = content[at:space]
+        if not digits.isdigit() or not 0 < int(digits) <= len(content) - at:
             break
-        record = content[len(length) + 1 : int(length) - 1]
-        key, _, value = record.partition(b"=")
+        key, _, value = content[space + 1 : at + int(digits) - 1].partition(b"=")
         found[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        content = content[int(length) :]
+        at += int(digits)
     return found

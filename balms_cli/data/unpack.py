@@ -1,22 +1,23 @@
 """Archives into the cache, once: unpacked aside and moved into place, never trusting a name or a size in them."""
 
+import errno
 import hashlib
 import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 
-from ..errors import DataError
+from ..errors import BalmsError, DataError, one_line
 from ..reporter import Reporter
 from .aside import folder_aside, printable
 
 MAX_FILES = 1_000_000
 MAX_BYTES = 4 << 30  # all files of a zip together, unpacked; the largest known set takes 0.2 GB
 MAX_RATIO = 200  # unpacked bytes / packed bytes; images hardly shrink at all
+# What the system says of a place or a name in an archive, not of the disk: 'a' beside 'a/b', a name too long, a place before 0.
+_ITS_OWN = (errno.EINVAL, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 MAX_MEMBER = 512 << 20  # one official batch takes at most 155 MB
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, tarfile.TarError)
 
 
 def unpack_zip(file: Path, name: str, cache: Path, reporter: Reporter) -> Path:
@@ -35,10 +36,12 @@ def unpack_zip(file: Path, name: str, cache: Path, reporter: Reporter) -> Path:
                 reporter.note(f"unpacking {file} into {target}, once")
                 with folder_aside(target, keep_existing=True) as fresh:
                     _extract(archive, members, fresh, reporter)
-    except _DAMAGED as error:
-        raise DataError(f"{file} is damaged or not a zip: {error}") from None
+    except BalmsError:
+        raise
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from None
+    except Exception as error:  # zipfile raises many kinds on hostile bytes; each is a bad archive, not a bug
+        raise DataError(f"{file} is damaged or not a zip: {one_line(error)}") from None
     return target / name
 
 
@@ -68,11 +71,17 @@ def _extract(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], folder: P
     with reporter.task("unpacking", len(members), unit="file") as task:
         for done, member in enumerate(members, 1):
             path = folder.joinpath(*PurePosixPath(member.filename).parts)
-            if path.parent not in made:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                made.add(path.parent)
-            with archive.open(member) as source, open(path, "xb") as sink:
-                shutil.copyfileobj(source, sink)
+            try:
+                if path.parent not in made:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    made.add(path.parent)
+                with archive.open(member) as source, open(path, "xb") as sink:
+                    shutil.copyfileobj(source, sink)
+            except OSError as error:
+                if error.errno in _ITS_OWN:
+                    shown = printable(member.filename)
+                    raise DataError(f"{archive.filename} is damaged at '{shown}': {error.strerror}") from None
+                raise
             if done % 256 == 0 or done == len(members):
                 task.advance(256 if done % 256 == 0 else done % 256)
 
@@ -102,8 +111,10 @@ def unpack_tar(file: Path, folder: str, names: list[str], cache: Path, reporter:
                     break
             if missing:
                 raise DataError(f"{file} lacks {', '.join(sorted(missing))}")
-    except _DAMAGED as error:
-        raise DataError(f"{file} is damaged or not a tar archive: {error}") from None
+    except BalmsError:
+        raise
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from None
+    except Exception as error:  # as above, of tarfile
+        raise DataError(f"{file} is damaged or not a tar archive: {one_line(error)}") from None
     return target

@@ -4,6 +4,7 @@ Shapes: N entries (an image in a split), S splits, C classes.
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..config import AuditConfig
 from ..data import aside
 from ..data.audit import Listing, open_listing
 from ..data.audit_files import Facts, look
-from ..data.duplicates import KINDS, TRAIN_TEST, TWO_LABELS, WITHIN, Duplicates, find
+from ..data.duplicates import KINDS, TRAIN_TEST, WITHIN, Duplicates, find
 from ..data.longtail import GROUPS, shot_groups
 from ..data.manifest import now
 from ..errors import ConfigError, DataError
@@ -74,7 +75,7 @@ def run(config: AuditConfig, reporter: Reporter | None = None) -> Result:
         "duplicates": _duplicates(listing, facts, duplicates),
         "findings": [one.to_json() for one in found],
     })  # fmt: skip
-    document["advice"] = [one.to_json() for one in advise(listing, document, found, config.data_root)]
+    document["advice"] = [one.to_json() for one in advise(listing, document, found, config)]
     document["problems"] = sum(one.level == PROBLEM for one in found)
     document["seconds"] = round(time.monotonic() - began, 1)
     show(document, reporter)
@@ -96,11 +97,11 @@ def json_text(result: Result) -> str:
 
 def check_target(out: Path, *, overwrite: bool) -> None:
     """Refuse a place for the JSON before the work is done. Raises: ConfigError."""
-    if out.is_dir():
+    if os.path.isdir(out):
         raise ConfigError(f"{out} is a folder; --out names the JSON file to write")
-    if out.exists() and not overwrite:
+    if os.path.exists(out) and not overwrite:
         raise ConfigError(f"{out} is there already; choose another --out, or --overwrite")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise ConfigError(f"cannot write {out}: the folder {out.parent} does not exist; make it, or choose another --out")
 
 
@@ -189,7 +190,7 @@ def _duplicates(listing: Listing, facts: Facts, duplicates: Duplicates) -> dict[
         "train_test": {"groups": len(of[TRAIN_TEST]),
                        "images": {split: int(n) for split, n in zip(listing.splits, splits, strict=True) if n}},
         "two_labels": {"groups": len(labels), "images": int(duplicates.size_G[labels].sum()),
-                       "within_one_split": len(of[TWO_LABELS])},
+                       "within_one_split": int((duplicates.labels_G & ~duplicates.several_G).sum())},
         "within": {"groups": len(of[WITHIN]), "extra_images": int((duplicates.size_G[of[WITHIN]] - 1).sum())},
         "other_splits": {"groups": len(of["splits"])},
         "list": groups,

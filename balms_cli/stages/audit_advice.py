@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import presets
+from ..config import AuditConfig
 from ..data import aside, known
 from ..data.audit import Listing
 from .audit_findings import NEAR_EMPTY, Finding
@@ -59,14 +60,14 @@ class Advice:
         return {"do": self.do, "why": self.why, "source": self.source, "commands": self.commands}
 
 
-def advise(listing: Listing, document: dict[str, Any], found: list[Finding], data_root: str | None = None) -> list[Advice]:
+def advise(listing: Listing, document: dict[str, Any], found: list[Finding], config: AuditConfig) -> list[Advice]:
     """Advice for a data set of which ``document`` tells the facts (see ``audit.run``), what comes first first.
 
-    ``data_root``: where a known set was looked for, to be said in the commands as well.
+    ``config``: how the data was named, to be said in the commands as well.
     """
     tail, kinds = document["tail"], {one.kind for one in found}
     factor, few = tail["imbalance_factor"], tail["groups"]["few"]["classes"]
-    source = _source(listing, data_root)
+    source = _source(listing, config)
     advice = _mend(listing, source, found, kinds)
     if factor is None or tail["classes"] - tail["empty"] < 2:
         return advice
@@ -87,10 +88,12 @@ def advise(listing: Listing, document: dict[str, Any], found: list[Finding], dat
     return advice
 
 
-def _source(listing: Listing, data_root: str | None) -> str:
-    """The data as a word of a command."""
-    root = f" --data-root {shlex.quote(aside.printable(data_root))}" if data_root and listing.path in known.ARCHIVES else ""
-    return shlex.quote(aside.printable(listing.path)) + root
+def _source(listing: Listing, config: AuditConfig) -> str:
+    """The data as words of a command: what it is called, and the options that say how to read it."""
+    root = config.data_root if listing.path in known.ARCHIVES else None
+    options = [("--data-root", root), ("--images", config.images), ("--names", config.names)]
+    words = [listing.path, *(word for option, given in options if given for word in (option, given))]
+    return shlex.join(map(aside.printable, words)) + (" --leaf-classes" if config.leaf_classes else "")
 
 
 def _mend(listing: Listing, source: str, found: list[Finding], kinds: set[str]) -> list[Advice]:
@@ -106,12 +109,13 @@ def _mend(listing: Listing, source: str, found: list[Finding], kinds: set[str]) 
         advice.append(Advice(
             "decide for each image that stands under two labels which one is right",
             "each of them teaches the network a contradiction, and where the class is rare that is much of what it sees",
-            "sha256 of the files; the command lists them", [listed + "select(map(.class) | unique | length > 1)'"]))
+            "sha256 of the files; the command lists them",
+            [listed + "select(map(.class) | unique | length > 1)'"]))  # fmt: skip
     if "copies" in kinds and "test" not in listing.splits:
         advice.append(Advice(
             "leave one of each set of copies, before make-lt cuts a test split from them",
             "an image in training and its copy in test is leakage that nobody sees later",
-            "sha256 of the files; the command lists all but the first of each", [listed + ".[1:][] | .path'"]))
+            "sha256 of the files; the command lists all but the first of each", [listed + ".[1:][] | .path'"]))  # fmt: skip
     stops = [one for one in found if one.stops]
     unreadable = {"unreadable", "refused"}
     if {one.kind for one in stops} & unreadable and "root-gone" not in kinds and not listing.manifest:
@@ -264,4 +268,3 @@ def _pretrained(images: int, steps: dict[str, list[str]]) -> Advice:
         "supplement C.3: on Places-LT (62,500 photos) the paper starts from ImageNet weights; the limit of "
         f"{PRETRAINED_BELOW:,} is our judgement",
         steps["pretrained"])  # fmt: skip
-

@@ -11,7 +11,8 @@ from ..data import aside
 from ..data.audit import Listing, case_clashes
 from ..data.audit_files import Facts
 from ..data.duplicates import SPLITS, TRAIN_TEST, WITHIN, Duplicates
-from ..data.sources import MIN_SPLIT
+from ..data.folders import UNDECODED, undecoded
+from ..data.sources import MIN_SPLIT, SHARDS, called_splits, no_image
 from ..metrics.intervals import wilson
 
 PROBLEM, NOTE = "problem", "note"
@@ -27,7 +28,7 @@ _LISTED = {
     "line": "lines of the list that cannot be used", "listed-twice": "lines with an image that an earlier line lists",
     "two-labels": "lines with another label than an earlier line for the same image", "label": "lines with a negative label",
     "class-name": "class folders with control characters in their names", "no-classes": "splits without class folders",
-    "folder": "folders that cannot be read",
+    "folder": "folders that cannot be read", "sample": "samples of the shards that cannot be used",
 }  # fmt: skip
 
 
@@ -174,6 +175,8 @@ def _listed(listing: Listing) -> list[Finding]:
 
 def _names(listing: Listing) -> list[Finding]:
     found = []
+    if told := called_splits(listing.classes):
+        found.append(_problem("split-names", len(listing.classes), told))
     if classes := case_clashes(listing.classes):
         shown = [" / ".join(map(aside.printable, group)) for group in classes[:_EXAMPLES]]
         text = f"{_n(len(classes), 'group')} of class names that differ only by case: most likely one class, and one folder on "
@@ -255,8 +258,13 @@ def _gray_classes(listing: Listing, facts: Facts, rows: np.ndarray) -> list[Find
 
 def _passed(listing: Listing) -> list[Finding]:
     found = []
-    if total := listing.passed.total():
-        kinds = [f"{n:,} {aside.printable(kind[:20]) or 'without ending'}" for kind, n in listing.passed.most_common()]
+    if listing.kind == SHARDS and listing.passed:
+        return [_problem("undecoded", listing.passed.total(), no_image(listing.passed))]
+    others = Counter({kind: n for kind, n in listing.passed.items() if kind not in UNDECODED})
+    if told := undecoded(listing.passed):
+        found.append(_problem("undecoded", (listing.passed - others).total(), told))
+    if total := others.total():
+        kinds = [f"{n:,} {aside.printable(kind[:20]) or 'without ending'}" for kind, n in others.most_common()]
         text = f"{_n(total, 'file')} passed over as no image by name: {aside.name_some(kinds)}"
         found.append(_note("other-files", total, text))
     if listing.stray:

@@ -1,6 +1,6 @@
 """``balms make-lt``: from a source of images to a long-tailed manifest."""
 
-import math
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,15 +74,13 @@ def run(
     show(manifest, reporter)
     _compare(manifest, config.alpha, reporter)
     folder = Path(out) if out is not None else Path(workspace) / "data" / f"{manifest.name}-{manifest.sha256[:8]}"
-    folder = folder.expanduser().absolute()
+    folder = Path(os.path.expanduser(folder)).absolute()
     manifest = replace(manifest, path=folder)
     return Result(folder, manifest, _write(manifest, ours=out is None, overwrite=overwrite, dry_run=dry_run))
 
 
 def _imbalance(config: MakeLTConfig, source: Source) -> float | None:
     """The imbalance factor to make, or None for as-is."""
-    if config.imbalance is not None and not math.isfinite(config.imbalance):
-        raise ConfigError(f"--imbalance must be a finite number, got {config.imbalance}")
     if config.as_is or config.imbalance is not None:
         return config.imbalance
     if not source.known:
@@ -218,6 +216,7 @@ def _write(manifest: Manifest, *, ours: bool, overwrite: bool, dry_run: bool) ->
 
     ``ours``: the folder is named after its content, so whatever else is in it is a damaged manifest, to be replaced.
     """
+    there = os.path.exists(manifest.path)
     same = stored_sha256(manifest.path) == manifest.sha256
     if not same:
         check_target(manifest.path, overwrite=overwrite or ours)
@@ -226,7 +225,8 @@ def _write(manifest: Manifest, *, ours: bool, overwrite: bool, dry_run: bool) ->
     if same:
         aside.replace_file(manifest.path / HEADER, manifest.header_text())
     else:
-        manifest.save(manifest.path, overwrite=overwrite or ours)
+        # Named after its content, a folder that appears from now on holds the same; one that was there is damaged.
+        manifest.save(manifest.path, overwrite=overwrite or ours, keep_existing=ours and not there)
     return same
 
 
