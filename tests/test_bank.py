@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from balms_cli.data import bank as bank_module
@@ -255,6 +256,35 @@ def test_a_second_run_at_the_same_bank_waits_for_it_and_takes_it(tmp_path):
     assert torch.equal(second.loaded(), in_memory()) and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_bank_that_another_run_has_just_finished_is_not_begun_anew(tmp_path, small_shards):
+    """It was not there when this run looked, and is when it wants to write."""
+    first, second = (BankFile(tmp_path / "b.safetensors", 20, 5) for _ in range(2))
+    first.begin()
+    write(first, first.missing())
+    first.finish()
+    second.begin()
+    assert second.missing() == []
+    second.finish()
+    assert torch.equal(second.loaded(), in_memory()) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_another_run_takes_away_at_the_wrong_moment_is_made_again(tmp_path, monkeypatch):
+    """The other one gave up, just between this one's two steps."""
+    file, opened, left = BankFile(tmp_path / "f" / "b.safetensors", 20, 5), os.open, [2]
+
+    def then_gone(path, *args, **kwargs):
+        if str(path) == str(file.growing) and left[0]:
+            left[0] -= 1
+            shutil.rmtree(file.folder)
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", then_gone)
+    file.begin()
+    write(file, file.missing())
+    file.finish()
+    assert left == [0] and torch.equal(file.loaded(), in_memory())
+
+
 # Through the stage
 
 
@@ -326,6 +356,50 @@ def test_on_a_small_disk_what_fits_the_memory_is_computed_there(chain, tmp_path,
     done = retrain(chain, tmp_path / "r")
     assert done.code == 0 and "not kept for next time" in done.err and not (chain.pretrained / "features").exists()
     assert torch.equal(head(tmp_path / "kept"), head(tmp_path / "r"))
+
+
+def test_other_pictures_under_the_same_names_have_a_bank_of_their_own(chain, tmp_path):
+    """The same folder in another place, its pictures changed: names and labels are alike, so the manifests' sha256 too."""
+    forget(chain)
+    shutil.copytree(chain.photos, tmp_path / "photos")
+    for file in (tmp_path / "photos").rglob("*.png"):
+        Image.eval(Image.open(file), lambda value: 255 - value).save(file)
+    data = invoke("make-lt", tmp_path / "photos", "--as-is", "--out", tmp_path / "data", "-q").out.strip()
+    assert Manifest.load(data).sha256 == Manifest.load(chain.manifest).sha256
+    assert retrain(chain, tmp_path / "a").code == 0 and retrain(chain, tmp_path / "b", "--data", data).code == 0
+    one, other = (load_file(file)["features"] for file in (chain.pretrained / "features").iterdir())
+    assert one.shape == other.shape and not torch.allclose(one, other, atol=0.1)
+
+
+ONE_VIEW = ["--views", "1", "--set", "class_rows=0"]
+
+
+@pytest.mark.parametrize("before, after", [
+    ([], ["--views", "3"]), (ONE_VIEW, [*ONE_VIEW, "--set", "augment=false"]), ([], ["--precision", "fp32"]),
+])  # fmt: skip
+def test_what_the_rows_depend_on_names_the_bank(chain, tmp_path, before, after):
+    forget(chain)
+    assert retrain(chain, tmp_path / "a", *before).code == 0 and retrain(chain, tmp_path / "b", *after).code == 0
+    assert len(list((chain.pretrained / "features").iterdir())) == 2
+
+
+def test_splits_of_one_size_have_banks_of_their_own(chain):
+    data, cpu = Manifest.load(chain.manifest), SimpleNamespace(device=torch.device("cpu"), precision="fp32")
+    keys = {stage._bank_key(chain.pretrained / "model.safetensors", data, split, torch.ones(6), [], 0, cpu)
+            for split in ("train", "val", "meta")}  # fmt: skip
+    assert len(keys) == 3
+
+
+def test_a_growing_file_that_was_cut_is_begun_anew(tmp_path, small_shards):
+    file = BankFile(tmp_path / "b.safetensors", 20, 5)
+    file.begin()
+    write(file, [0, 1, 2])
+    file.release()
+    os.truncate(file.growing, 300)
+    file.begin()
+    assert file.missing() == [0, 1, 2, 3]
+    file.release()
+    assert not file.folder.exists()
 
 
 def test_a_bank_kept_by_an_earlier_version_is_used(chain, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Pixels: untouched where they fit, cropped where not, and every bad image named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -161,8 +162,47 @@ def test_memory_is_asked_before_it_is_taken(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(DataError, match="lower --image-size"):
         load_pixels(manifest, "train", 64)
     assert load_pixels(manifest, "train", 8).size
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # each of torchrun's processes on this machine holds its own
+    assert not images.fits_memory(len(manifest.splits["train"]), 24) and images.fits_memory(2, 10)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert images.fits_memory(len(manifest.splits["train"]), 24)
     monkeypatch.undo()
     assert images.available_memory() > 1 << 20
+
+
+def test_memory_is_what_the_system_and_the_container_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert images.available_memory() is None and images.fits_memory(10**9, 224)
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  1000 kB\n")
+    assert images.available_memory() == 1_024_000
+    for name, text in (("max", "900000"), ("current", "700000"), ("stat", "anon 400000\ninactive_file 300000\n")):
+        (group / f"memory.{name}").write_text(text)
+    assert images.available_memory() == 500_000  # files that are kept for later give way
+    (group / "memory.current").write_text("2000000")
+    assert images.available_memory() == 0
+
+
+def test_a_set_without_files_is_not_sent_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make_lt.run(MakeLTConfig(source="digits"), tmp_path).manifest
+    monkeypatch.setattr(images, "available_memory", lambda: 10_000)
+    with pytest.raises(DataError, match=r"lower --image-size$"):
+        load_pixels(manifest, "train", 8)
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 1000, 100_000])
+def test_every_image_is_looked_at_once_and_few_futures_are_held(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    seen, asked, moved = [], [], []
+    submit = images.ThreadPoolExecutor.submit
+    monkeypatch.setattr(images.ThreadPoolExecutor, "submit", lambda self, *a: (asked.append(1), submit(self, *a))[1])
+
+    monkeypatch.setattr("balms_cli.reporter.Task.advance", lambda self, amount: moved.append(amount))
+    bad = images._for_all(lambda i: (seen.append(i), "odd" if i % 7 == 3 else None)[1], count, Reporter(), "t", 3)
+    assert sorted(seen) == list(range(count)) and bad == [(i, "odd") for i in range(count) if i % 7 == 3]
+    assert sum(moved) == count and len(asked) <= max(24, count / 60)
 
 
 def test_digits(tmp_path: Path) -> None:
@@ -177,6 +217,10 @@ def test_digits(tmp_path: Path) -> None:
         assert bunch.target[i] == label
         assert np.abs(pixels[row, 1] - bunch.images[i] * 255 / 16).max() <= 0.5
     assert load_pixels(manifest, "test", 32).shape == (500, 3, 32, 32)
+    for odd in ("digit-0", "digit-1798", "digit-" + "1" * 5000, "digit-\u0663", "cat.png"):
+        strange = replace(manifest, splits={"train": replace(train, keys=[odd, *train.keys[1:]])})
+        with pytest.raises(DataError, match="not an image of the digits"):
+            load_pixels(strange, "train", 8)
 
 
 def test_cifar_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from balms_cli.data.index import Split, _parse_any, _parse_plain, index_text, is_safe_key, parse_index
+from balms_cli.data.index import Split, _parse_any, _parse_plain, index_sha256, index_text, is_safe_key, parse_index
 from balms_cli.errors import DataError
 
 FILE = Path("train.csv")
@@ -54,7 +54,13 @@ def test_both_readers_agree_on_any_text():
 
 
 @pytest.mark.parametrize("body", ["a,b,3\n7\n", "a,3\n", "a,-1\n", "a,0\na,0\n", "../a,0\n", "/a,0\n", "a/,0\n", ",0\n",
-                                  "a,0\nb\n", "a\x00,0\n", "a,\u0663\n"])  # fmt: skip
+                                  "a,0\nb\n", "a\x00,0\n", "a,\u0663\n", "a,00000000009\n", f"a,{'0' * 5000}\n"])  # fmt: skip
 def test_what_is_refused(body):
     with pytest.raises(DataError, match=r"train\.csv"):
         parse_index("image,label\n" + body, FILE, 3)
+
+
+def test_the_hash_knows_where_a_part_ends():
+    assert index_sha256(["x"], {"a": "bc"}) != index_sha256(["x"], {"ab": "c"})
+    assert index_sha256(["x", "y"], {}) != index_sha256(["y", "x"], {})
+    assert index_sha256(["x"], {"a": "1", "b": "2"}) == index_sha256(["x"], {"b": "2", "a": "1"})

@@ -7,10 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from balms_cli.config import resolve
 from balms_cli.data.manifest import Manifest
+from balms_cli.data.samplers import ClassIndex
 from balms_cli.engine.checkpoint import load_model
 from balms_cli.engine.header import read_header
+from balms_cli.stages import training_free
 from balms_cli.stages.common import load_images
+from balms_cli.stages.features import Features
 
 from .conftest import SMALL, draw_photos, invoke
 from .test_stages import FEW, log_share, run
@@ -146,6 +150,22 @@ def test_tau_zero_is_stage_1_exactly(chain, tmp_path):
     assert header.implied_log_prior == read_header(chain.pretrained / "model.safetensors").implied_log_prior
 
 
+@pytest.mark.parametrize("options", [["tau-norm", "--tau-norm", "0"], ["lws", "--steps", "2", "--lr", "1e-12"]])
+def test_stage_1s_classifier_keeps_its_names_on_data_with_another_order_of_classes(chain, tmp_path, options):
+    """The head of that data is the tail of the checkpoint's own. Nothing is learned, so nothing may change."""
+    photos = draw_photos(tmp_path / "photos", {"cat": 5, "dog": 12, "emu": 30})
+    data = run("make-lt", photos, "--as-is", "--out", tmp_path / "data")
+    folder = run("retrain", chain.pretrained, "--data", data, "--classifier", *options, "--out", tmp_path / "r")
+    header, before = read_header(folder / "model.safetensors"), read_header(chain.pretrained / "model.safetensors")
+    assert header.classes == ["emu", "dog", "cat"] == before.classes[::-1] and header.class_counts == [24, 10, 4]
+    for name, tensor in head_of(chain.pretrained).items():
+        assert torch.allclose(head_of(folder)[name], tensor.flip(0), rtol=1e-5)
+    if options[0] == "tau-norm":
+        assert header.implied_log_prior == before.implied_log_prior[::-1]
+    ours, theirs = (found["per_class"] for found in (metrics(folder), metrics(chain.pretrained, "--data", data)))
+    assert [(c["name"], c["accuracy"]) for c in ours] == [(c["name"], c["accuracy"]) for c in theirs]
+
+
 def test_lws_moves_rows_along_themselves_with_class_balanced_batches(chain, tmp_path):
     folder = run("retrain", chain.pretrained, *FEW, "--classifier", "lws", "--out", tmp_path / "r")
     header, before, after = read_header(folder / "model.safetensors"), head_of(chain.pretrained), head_of(folder)
@@ -177,6 +197,26 @@ def test_ncm_is_the_cosine_of_class_means_of_plain_training_images(chain, tmp_pa
     assert metrics(folder)["top1"] > 0.5
 
 
+def test_parts_make_the_same_class_means_as_the_whole(monkeypatch):
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 2])
+    features = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    data = Features(lambda images, step, stream: features[images], labels, ClassIndex(labels, 3))
+    monkeypatch.setattr(training_free, "_PART", 3)
+    head = training_free.class_means(resolve("retrain", flags={"classifier": "ncm"}).config, data, 3)
+    for c in range(3):
+        assert torch.allclose(head.weight[c], features[labels == c].mean(0))
+
+
+def test_a_class_without_validation_images_has_no_say_in_tau():
+    logits = torch.eye(3)[[0, 0, 1, 0]]
+    assert training_free._class_mean_accuracy(logits, torch.tensor([0, 0, 1, 1])) == 0.75
+
+
+def test_tau_above_zero_leaves_no_exact_prior(chain, tmp_path):
+    folder = run("retrain", chain.pretrained, "--classifier", "tau-norm", "--tau-norm", "0.5", "--out", tmp_path / "r")
+    assert not read_header(folder / "model.safetensors").prior_exact
+
+
 def test_tau_is_chosen_on_validation_images_alone(with_val, tmp_path, monkeypatch):
     from balms_cli.stages import features
 
@@ -195,15 +235,16 @@ def test_tau_is_chosen_on_validation_images_alone(with_val, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("options, code, told", [
-    (["--classifier", "tau-norm"], 2, "--val-per-class"),
+    (["--classifier", "tau-norm"], 2, "--val-per-class"), (["--meta-sampler", "--meta-set", "meta"], 2, "--meta-per-class"),
     (["--tau-norm", "0.5"], 2, "--classifier tau-norm"),
     (["--classifier", "ncm", "--meta-sampler"], 2, "trains nothing"),
     (["--classifier", "cosine", "--meta-sampler", "--hypergradient", "closed-form"], 2, "leave out --hypergradient"),
     (["--loss", "ldam", "--classifier", "linear"], 2, "cosines"),
     (["--classifier", "nmc"], 2, "ncm"), (["--loss", "ldm"], 2, "ldam"),
 ])  # fmt: skip
-def test_what_does_not_go_together_is_told_in_a_line(chain, tmp_path, options, code, told):
-    done = invoke("retrain", chain.pretrained, *options, "--out", tmp_path / "r")
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_what_does_not_go_together_is_told_in_a_line(chain, tmp_path, options, code, told, more):
+    done = invoke("retrain", chain.pretrained, *options, *more, "--out", tmp_path / "r")
     assert done.code == code and told in done.err.strip().splitlines()[-1] and not (tmp_path / "r").exists()
 
 
@@ -258,6 +299,8 @@ def test_a_prior_of_ones_own_comes_from_a_file(chain, tmp_path):
 
 @pytest.mark.parametrize("text, told", [
     ('{"cat": 1, "dog": 1}', "no share for emu"), ('{"cat": 1, "dog": 1, "emu": 0}', "above zero"), ("[1, 2", "p.json"),
+    ('["cat", "dog", "emu"]', "no JSON object"), ("3", "no JSON object"), ("[" * 100_000, "p.json"),
+    ('{"cat": 1, "dog": 1, "emu": 1%s}' % ("0" * 400), "p.json"), ('{"cat": 1, "dog": 1, "emu": NaN}', "above zero"),
     ('{"cat": 1, "dog": 1, "emu": 1, "yak": 1}', "yak"), ('{"cat": "x", "dog": 1, "emu": 1}', "p.json"),
 ])  # fmt: skip
 def test_a_bad_prior_is_refused_in_a_line(chain, tmp_path, text, told):

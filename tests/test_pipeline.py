@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from .conftest import SMALL
+from .conftest import SMALL, invoke
 
 BALMS = [sys.executable, "-m", "balms_cli"]
 
@@ -128,6 +128,15 @@ def test_completion_offers_subcommands_and_values():
 
     assert {"make-lt", "pretrain", "retrain", "meta-sample", "evaluate"} <= set(complete("balms ", 1))
     assert complete("balms retrain --loss b", 3) == ["balanced", "balanced-sigmoid"]
+
+
+def test_the_demo_needs_a_place_that_can_be_its_own(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place, told in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "under", "Not a directory"),
+                        (tmp_path, "not the demo's own")):  # fmt: skip
+        done = invoke("demo", "--workspace", place)
+        assert done.code == 2 and told in done.err and len(done.err.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.slow

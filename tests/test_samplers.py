@@ -49,6 +49,9 @@ def test_progressive_goes_from_instance_to_class_balanced():
     assert class_law("progressive", counts, 0.0).tolist() == pytest.approx([0.6, 0.25, 0.1, 0.05])
     assert class_law("progressive", counts, 0.5).tolist() == pytest.approx([0.425, 0.25, 0.175, 0.15])
     assert class_law("progressive", counts, 1.0).tolist() == pytest.approx([0.25] * 4)
+    for step, law in ((0, [0.6, 0.25, 0.1, 0.05]), (1, [0.25] * 4)):  # the first and the last of two steps
+        seen = np.bincount(LABELS[drawn("progressive", steps=2, batch=8000)[step]], minlength=4)
+        assert chisquare(seen, np.array(law) * 8000).pvalue > 1e-3
     images = drawn("progressive")
     rare = [(LABELS[b] == 3).float().mean().item() for b in images]
     assert np.mean(rare[:80]) < 0.1 < 0.2 < np.mean(rare[-80:])

@@ -1,6 +1,7 @@
 """Batched augmentation against one image at a time, and the numbers that drive it."""
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import kstest
 
@@ -77,3 +78,26 @@ def test_normalise_gives_zero_mean_and_unit_variance_for_its_own_statistics():
     mean, std = channel_statistics(InMemory(IMAGES, torch.zeros(len(IMAGES)), torch.device("cpu")))
     out = normalise(IMAGES, torch.tensor(mean), torch.tensor(std))
     assert out.mean((0, 2, 3)).abs().max() < 1e-4 and (out.std((0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("count, step", [(5, 1), (39_999, 1), (40_000, 2), (70_000, 3)])
+def test_statistics_are_of_evenly_spaced_images_a_few_of_them_in_hand_at_a_time(count, step):
+    from balms_cli.stages.common import channel_statistics
+
+    pixels = torch.randint(0, 200, (count, 3, 1, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels[:, 2] = 7
+    asked = []
+
+    class Images:
+        def __len__(self):
+            return count
+
+        def rows(self, images_B):
+            asked.append(len(images_B))
+            return pixels[images_B]
+
+    mean, std = channel_statistics(Images())
+    values = pixels[::step].numpy() / 255
+    assert np.array(mean) == pytest.approx(values.mean((0, 2, 3)), abs=6e-7) and sum(asked) == len(values)
+    assert np.array(std) == pytest.approx([*values.std((0, 2, 3), ddof=0)[:2], 1e-3], rel=0.2 if count == 5 else 1e-4)
+    assert max(asked) <= 256  # 20,000 photos as float64 are 24 GB

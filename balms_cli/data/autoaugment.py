@@ -237,7 +237,8 @@ def _sources(op: str, magnitude: float, height: int, width: int, device: torch.d
         "rotate": (math.cos(turn), -math.sin(turn), 0, math.sin(turn), math.cos(turn), 0),
     }[op]
     # In float32 from the centre of the image, half its side as the unit: where the source lies midway between two pixels,
-    # this decides as torchvision does. No matrix product: autocast would do that in bfloat16.
+    # this decides as torchvision does, but on processors whose matrix product rounds otherwise than plain sums. We have none:
+    # autocast would do it in bfloat16.
     x = torch.arange(0.5 - width / 2, width / 2)
     y = torch.arange(0.5 - height / 2, height / 2)[:, None]
     a, b, c, d, e, f = torch.tensor([x_x, x_y, x_1, y_x, y_y, y_1], dtype=torch.float32) / torch.tensor(

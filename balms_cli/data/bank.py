@@ -104,8 +104,11 @@ class BankFile:
         """
         try:
             while not self._hold(waiting):
-                if self.data_offset() is not None:
-                    return
+                pass
+            if self.data_offset() is not None:  # that other run has just finished it
+                self.tidy()
+                self.release()
+                return
             if not self._is_ours():
                 for mark in self._marks():
                     (self.folder / str(mark)).unlink(missing_ok=True)
@@ -190,9 +193,12 @@ class BankFile:
                             "--features online")  # fmt: skip
 
     def _hold(self, waiting: Callable[[], None]) -> bool:
-        """Open the growing file and lock it. False: while this process waited, another moved it into place."""
+        """Open the growing file and lock it. False: meanwhile another process moved it into place, or took it away."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        held = os.fdopen(os.open(self.growing, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            held = os.fdopen(os.open(self.growing, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        except FileNotFoundError:
+            return False
         try:
             _lock(held, waiting)
             ours = os.path.samestat(os.fstat(held.fileno()), os.stat(self.growing))

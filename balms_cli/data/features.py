@@ -116,7 +116,7 @@ def extract_all(model: Callable[[Tensor], Tensor], images: Images, mean: Tensor,
                 reporter: Reporter, what: str = "images", part: slice = slice(None)) -> Tensor:  # fmt: skip
     """``model`` over all images in order (or those in ``part``), un-augmented: [N, ...] on the CPU."""
     parts, wanted = [], torch.arange(len(images))[part]
-    batches = wanted.split(batch_size) if len(wanted) else ()
+    batches = wanted.split(batch_size)
     read = images.batches(lambda step: (batches[step], None), len(batches))
     with torch.no_grad(), reporter.task(what, len(wanted), unit="image") as task:
         for step in range(len(batches)):

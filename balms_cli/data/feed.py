@@ -187,7 +187,11 @@ class OnDisk:
 
     def _collect(self, reading: "_Reading") -> Tensor:
         began = time.perf_counter()
-        read_seconds = sum(chunk.result() for chunk in reading.chunks)
+        try:
+            read_seconds = sum(chunk.result() for chunk in reading.chunks)
+        except BaseException:  # a bad file, Ctrl-C: this is the end, whoever asked; do not decode what is under way first
+            self.close()
+            raise
         pixels = reading.out.to(self.device, non_blocking=True)
         if reading.coded:
             from .gpu_decode import decode_into

@@ -1,7 +1,7 @@
 """Pixels of a manifest's images as one uint8 array; and the check that finds unreadable images."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .manifest import Manifest, Split
 from .sources import Source
 
 _MEMORY_SHARE = 0.5  # of the memory that is free, what one array of pixels may take
-_BATCH = 64  # images between two movements of the bar
+_BATCH = 64  # images a thread takes at a time, at most
 
 
 def load_pixels(
@@ -35,10 +35,10 @@ def load_pixels(
     if split not in manifest.splits:
         raise DataError(f"{manifest.name} has no split '{split}'; it has {', '.join(manifest.splits)}")
     part, reporter = manifest.splits[split], reporter or Reporter()
-    _check_memory(len(part), size)
-    readers = {"digits": _load_digits, "cifar": _load_cifar}
-    if manifest.source["kind"] in readers:
-        return readers[manifest.source["kind"]](manifest, part, size)
+    whole = {"digits": _load_digits, "cifar": _load_cifar}.get(manifest.source["kind"])
+    _check_memory(len(part), size, in_files=whole is None)
+    if whole is not None:
+        return whole(manifest, part, size)
     return _load_files(manifest, part, split, size, reporter, threads)
 
 
@@ -53,7 +53,7 @@ def _load_files(manifest: Manifest, part: Split, split: str, size: int, reporter
             return str(error)
         return None
 
-    bad = _for_all(read, range(len(part)), reporter, f"reading {split} images", threads)
+    bad = _for_all(read, len(part), reporter, f"reading {split} images", threads)
     if bad:
         raise DataError(_bad_message([(part.keys[i], reason) for i, reason in bad], len(part)))
     return pixels
@@ -63,7 +63,7 @@ def root_of(manifest: Manifest) -> str:
     """The real path of the folder that holds a manifest's image files. Raises: DataError where it is gone."""
     root = Path(manifest.source["root"])
     if not root.is_dir():
-        raise DataError(f"the images' folder {root} is gone; bring it back, or run balms make-lt on its new place")
+        raise DataError(f"the images' folder {printable(root)} is gone; bring it back, or run balms make-lt on its new place")
     return os.path.realpath(root)
 
 
@@ -90,7 +90,7 @@ def check_images(source: Source, reporter: Reporter | None = None, *, threads: i
             return str(error)
         return None
 
-    bad = _for_all(read, range(len(keys)), reporter, "checking images", threads)
+    bad = _for_all(read, len(keys), reporter, "checking images", threads)
     return [(keys[i], reason) for i, reason in bad]
 
 
@@ -133,19 +133,21 @@ def inside(real_root: str, key: str) -> str:
 
 
 def _for_all(
-    read: Callable[[int], str | None], items: Iterable[int], reporter: Reporter, title: str, threads: int | None
+    read: Callable[[int], str | None], count: int, reporter: Reporter, title: str, threads: int | None
 ) -> list[tuple[int, str]]:
-    """``read`` for all items in a pool (Pillow's decoders release the GIL). Returns: (item, reason) of the bad ones."""
-    items = list(items)
+    """``read`` for 0 to ``count`` - 1 in a pool (Pillow's decoders release the GIL). Returns: (i, reason) of the bad ones."""
     bad: list[tuple[int, str]] = []
     workers = threads or default_workers()
-    with quiet_pillow(), ThreadPoolExecutor(workers) as pool, reporter.task(title, len(items), unit="image") as task:
+    size = min(_BATCH, 1 + count // (4 * workers))  # a future takes 2 KB: one an image would be gigabytes for millions
+
+    def read_some(first: int) -> list[str | None]:
+        return [read(i) for i in range(first, min(first + size, count))]
+
+    with quiet_pillow(), ThreadPoolExecutor(workers) as pool, reporter.task(title, count, unit="image") as task:
         try:
-            for done, (item, reason) in enumerate(zip(items, pool.map(read, items), strict=True), 1):
-                if reason is not None:
-                    bad.append((item, reason))
-                if done % _BATCH == 0 or done == len(items):
-                    task.advance(_BATCH if done % _BATCH == 0 else done % _BATCH)
+            for first, reasons in zip(range(0, count, size), pool.map(read_some, range(0, count, size)), strict=True):
+                bad += [(first + i, reason) for i, reason in enumerate(reasons) if reason is not None]
+                task.advance(len(reasons))
         except BaseException:  # Ctrl-C: do not decode the rest first
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -166,7 +168,7 @@ def _load_digits(manifest: Manifest, part: Split, size: int) -> np.ndarray:
     pixels = np.empty((len(part), 3, size, size), dtype=np.uint8)
     for i, key in enumerate(part.keys):
         number = key.removeprefix("digit-")
-        if not (number.isascii() and number.isdigit() and 1 <= int(number) <= len(small)):
+        if not (number.isascii() and number.isdigit() and len(number) < 10 and 1 <= int(number) <= len(small)):
             raise DataError(f"{manifest.name}: '{printable(key)}' is not an image of the digits")
         image = Image.fromarray(small[int(number) - 1]).convert("RGB")
         pixels[i] = fit(image, size, resampling("digits"))
@@ -202,15 +204,20 @@ def resampling(kind: str | None) -> Image.Resampling:
 def fits_memory(count: int, size: int) -> bool:
     """Whether the pixels of ``count`` images take no more than half of the memory that is free."""
     free = available_memory()
-    return free is None or count * 3 * size * size <= _MEMORY_SHARE * free
+    return free is None or _pixel_bytes(count, size) <= _MEMORY_SHARE * free
 
 
-def _check_memory(count: int, size: int) -> None:
-    needed, free = count * 3 * size * size, available_memory()
+def _pixel_bytes(count: int, size: int) -> int:
+    """What the pixels of ``count`` images take: each of torchrun's processes on this machine holds them all."""
+    return count * 3 * size * size * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _check_memory(count: int, size: int, in_files: bool) -> None:
+    needed, free = _pixel_bytes(count, size), available_memory()
     if free is not None and not fits_memory(count, size):
         raise DataError(
             f"{count} images at {size} px take {needed / 2**30:.1f} GiB, more than half of the {free / 2**30:.1f} GiB "
-            f"that are free: lower --image-size, or read them as they are needed: --set loading=disk"
+            "that are free: lower --image-size" + (", or read them as they are needed: --set loading=disk" if in_files else "")
         )
 
 

@@ -79,7 +79,7 @@ def _parse_any(text: str, file: Path, k: int) -> Split:
             where = f"{file} line {reader.line_num}"
             if len(row) != 2 or not row[1].isascii() or not row[1].isdigit():
                 raise DataError(f"{where}: expected 'image,label', the label an integer from 0")
-            if int(row[1][:10]) >= k:
+            if len(row[1]) > 9 or int(row[1]) >= k:
                 raise DataError(f"{where}: label {row[1][:10]} is out of range 0..{k - 1}")
             if not is_safe_key(row[0]):
                 raise DataError(f"{where}: '{printable(row[0])}' leads out of the source's folder")

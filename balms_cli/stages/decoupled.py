@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..config import RetrainConfig
 from ..data.manifest import Manifest
 from ..data.samplers import batches, class_law, mix, rates_law
+from ..engine.checkpoint import load_model
 from ..engine.distributed import ALONE, World
 from ..engine.header import Header
 from ..engine.loop import Job, train
@@ -31,10 +32,11 @@ from ..meta.reweigher import MetaReweigher
 from ..meta.sampler import MetaSampler
 from ..models.classifiers import Classifier, LWSHead, stage1_linear
 from ..reporter import Reporter
-from .common import total_steps
+from .common import check_classes, check_meta_set, total_steps
 from .features import Features, read_features
 from .heads import fresh_head, training_loss, undecayed
-from .training_free import class_means, tau_norm
+from .rates import read_rates
+from .training_free import check_tau, class_means, tau_norm
 
 # Streams of random numbers, one a purpose: (seed, stream, step) names every draw.
 _HEAD, _TRAIN_VIEWS, _META_VIEWS, _DRAW, _META_DRAW = 7, 8, 9, 10, 11
@@ -50,6 +52,28 @@ class Fit:
     prior_exact: bool
     rates: Tensor | None
     report: dict[str, Any]
+
+
+def open_parent(config: RetrainConfig, parent_file: Path, manifest: Manifest) -> tuple[Classifier, Header, Tensor | None]:
+    """What stage 2 starts from: the network, its header, and the rates [C] of ``--sampler FILE``, where that is one. The
+    classes of all three are in the order of ``manifest``, which need not be that of the checkpoint's own data.
+
+    Raises: CheckpointError, DataError, ConfigError for all that does not go together; nothing is computed before.
+    """
+    model, parent = load_model(parent_file)
+    check_classes(parent, manifest, parent_file)
+    check_meta_set(config.meta_set, manifest)
+    check_tau(config, manifest)
+    if config.classifier in ("lws", "tau-norm"):
+        stage1_linear(model.head, parent.head, config.classifier)
+    place = {name: c for c, name in enumerate(parent.classes)}
+    order = [place[name] for name in manifest.classes]
+    for rows in model.head.parameters():
+        rows.data = rows.data[order]
+    parent = parent.model_copy(update={
+        "classes": manifest.classes, "class_counts": [parent.class_counts[c] for c in order],
+        "implied_log_prior": [parent.implied_log_prior[c] for c in order]})  # fmt: skip
+    return model, parent, read_rates(config.sampler, manifest)
 
 
 def fit_head(config: RetrainConfig, stage: str, model: Classifier, parent: Header, parent_file: Path, manifest: Manifest,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import EvaluateConfig, MakeLTConfig, Resolved, resolve
+from ..data.aside import write_error
 from ..data.manifest import Manifest
 from ..engine.run_dir import MODEL, RATES, RunDir
 from ..errors import ConfigError
@@ -68,10 +69,13 @@ def run(workspace: Path, seed: int = 0, reporter: Reporter | None = None) -> Dem
 
 def _claim(workspace: Path) -> None:
     """The demo writes over its own last result, never over anything else."""
-    if workspace.is_dir() and any(workspace.iterdir()) and not (workspace / MARK).exists():
-        raise ConfigError(f"{workspace} is not the demo's own folder; choose another: balms demo --workspace DIR")
-    workspace.mkdir(parents=True, exist_ok=True)
-    (workspace / MARK).touch()
+    try:
+        if workspace.is_dir() and any(workspace.iterdir()) and not (workspace / MARK).exists():
+            raise ConfigError(f"{workspace} is not the demo's own folder; choose another: balms demo --workspace DIR")
+        workspace.mkdir(parents=True, exist_ok=True)
+        (workspace / MARK).touch()
+    except OSError as error:
+        raise write_error(error, workspace) from None
 
 
 def _show(result: DemoResult, rates: dict[str, dict], chart: Path, data: Manifest, reporter: Reporter) -> None:

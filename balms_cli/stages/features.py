@@ -139,7 +139,8 @@ def _bank_key(parent_file: Path, manifest: Manifest, split: str, views_N: Tensor
               ) -> str:  # fmt: skip
     """Names a bank by all that its rows depend on. Every classifier trained on a backbone shares it."""
     views = hashlib.sha256(views_N.numpy().tobytes()).hexdigest()
-    parts = (sha256_of(parent_file), manifest.sha256, split, views, ops, seed, runtime.device.type, runtime.precision)
+    root = manifest.source.get("root")  # its sha256 does not cover that: other pictures may have the same names
+    parts = (sha256_of(parent_file), manifest.sha256, root, split, views, ops, seed, runtime.device.type, runtime.precision)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

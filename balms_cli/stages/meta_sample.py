@@ -7,15 +7,14 @@ from pathlib import Path
 from ..config import MetaSampleConfig, Resolved
 from ..data.aside import replace_file
 from ..data.manifest import Manifest
-from ..engine.checkpoint import load_model
 from ..engine.distributed import ALONE, World
 from ..engine.header import sha256_of
 from ..engine.run_dir import RATES, REPORT, RunDir, clear_run
 from ..engine.runtime import setup, versions
 from ..engine.tensorboard import require_tensorboard
 from ..reporter import Reporter
-from .common import RunResult, check_classes, check_meta_set, data_summary, provenance
-from .decoupled import fit_head
+from .common import RunResult, data_summary, provenance
+from .decoupled import fit_head, open_parent
 from .rates import rates_document, show_rates
 
 
@@ -30,9 +29,7 @@ def run(resolved: Resolved[MetaSampleConfig], parent_file: Path, manifest: Manif
     config, reporter = resolved.config, reporter or Reporter()
     require_tensorboard(config)
     runtime = setup(config.device, config.precision, deterministic=config.deterministic)
-    model, parent = load_model(parent_file)
-    check_classes(parent, manifest, parent_file)
-    check_meta_set(config.meta_set, manifest)
+    model, parent, _ = open_parent(config, parent_file, manifest)
     if not resume:
         clear_run(folder)
         folder.create(resolved, provenance(manifest, runtime, parent=str(parent_file.resolve()),

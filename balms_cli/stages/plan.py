@@ -1,4 +1,4 @@
-"""``--dry-run``: everything a run would meet, checked, and a few real steps to say how long it would take."""
+"""``--dry-run``: what a run would begin with, checked, and a few real steps of stage 1 to say how long it would take."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,8 @@ def run_label(resolved: Resolved[TrainConfig], manifest: Manifest) -> str:
 def show_plan(
     resolved: Resolved[TrainConfig], manifest: Manifest, parent: Path | None, folder: RunDir, reporter: Reporter
 ) -> None:
-    """Print what would run. For pretrain the images are loaded and four steps taken, so the time is measured."""
+    """Print what would run. For pretrain the images are loaded and four steps taken, so the time is measured; for stage 2
+    all is checked that needs no image."""
     config = resolved.config
     runtime = setup(config.device, config.precision)
     images = len(manifest.splits["train"])
@@ -57,11 +58,9 @@ def show_plan(
         seconds = seconds_a_step(config, manifest, reporter, trial_steps=_TRIAL_STEPS)
         rows.append(["time", f"about {seconds * steps / 60:.1f} minutes by {_TRIAL_STEPS} trial steps"])
     elif parent is not None:
-        from ..engine.checkpoint import load_model
-        from .common import check_classes
+        from .decoupled import open_parent
 
-        header = load_model(parent)[1]
-        check_classes(header, manifest, parent)
+        header = open_parent(config, parent, manifest)[1]
         if config.features == "bank" and config.head not in ("tau-norm", "ncm"):
             from .features import BankFile, describe_bank, views_of
 

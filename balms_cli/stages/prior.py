@@ -53,6 +53,8 @@ def _target(name: str, header: Header) -> Tensor:
 def _from_file(path: Path, header: Header) -> Tensor:
     try:
         shares = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(shares, dict):
+            raise ValueError("it is no JSON object of class: share")
         missing = [c for c in header.classes if c not in shares]
         if missing:
             raise ValueError(f"it has no share for {', '.join(missing[:3])}")
@@ -61,6 +63,6 @@ def _from_file(path: Path, header: Header) -> Tensor:
         target_C = torch.tensor([float(shares[c]) for c in header.classes], dtype=torch.float64)
         if not (target_C.isfinite().all() and (target_C > 0).all()):
             raise ValueError("every share must be a number above zero (a class that never comes: 1e-9)")
-    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"--target-prior {path}: {error}") from None
     return target_C
