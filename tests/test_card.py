@@ -112,7 +112,7 @@ class TestContent:
         told = dict(training[1:])
         assert (told["steps"], told["seconds"], told["loss at the end"], told["seed"]) == ("1,234", "5.5", "0.25", "7")
         assert "75,290 parameters" in card and "balms 9.8" in card and "on 2026-01-02" in card
-        assert "1 of 4 classes were learned from fewer than 20 images: dodo (1)." in card
+        assert "1 of 4 classes was learned from fewer than 20 images: dodo (1)." in card
         assert "No test images, so that nothing can be said of them: owl." in card and "640 x 480 px" in card
 
     def test_only_values_that_were_set_are_listed_with_who_set_them(self):

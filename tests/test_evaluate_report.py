@@ -1,6 +1,7 @@
 """``balms evaluate`` with ``--report``, several gates, several runs, and what it refuses."""
 
 import json
+import os
 import shutil
 import sys
 import tomllib
@@ -104,6 +105,8 @@ def test_a_folder_in_use_is_refused_before_anything_is_scored(balms, chain, page
     assert "is a file" in error_of(balms("evaluate", chain.pretrained, "--report", tmp_path / "file"), 2)
     assert "cannot write" in error_of(balms("evaluate", chain.pretrained, "--report", tmp_path / "file" / "x"), 2)
     assert "cannot write" in error_of(balms("evaluate", chain.pretrained, "--report", tmp_path / ("x" * 300)), 2)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "loop" in error_of(balms("evaluate", chain.pretrained, "--report", tmp_path / "loop"), 2)
     monkeypatch.chdir(out)
     assert "work in" in error_of(balms("evaluate", chain.pretrained, "--report", ".", "--overwrite"), 2)
     assert "work in" in error_of(balms("evaluate", chain.pretrained, "--report", tmp_path, "--overwrite"), 2)
@@ -146,7 +149,11 @@ def test_what_comes_into_the_folder_meanwhile_is_left_alone(balms, chain, page, 
     assert names(out) == {"mine.txt"} and not list(tmp_path.glob(".*"))
 
 
-def test_a_listing_names_files_below_folders_and_bounds_the_search(tmp_path):
+def _refused():
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_listing_names_files_below_folders_and_bounds_the_search(tmp_path, monkeypatch):
     out = tmp_path / "report"
     (out / "figures").mkdir(parents=True)
     (out / "figures" / "a.png").write_text("")
@@ -156,7 +163,14 @@ def test_a_listing_names_files_below_folders_and_bounds_the_search(tmp_path):
         (out / "figures" / f"{i}.txt").write_text("")
     with pytest.raises(ConfigError, match=r"figures/0.txt, figures/1.txt, figures/2.txt:"):
         check_folder(out, overwrite=True)
+    scandir = os.scandir
     shutil.rmtree(out / "figures")
+    (out / "locked").mkdir()
+    monkeypatch.setattr(os, "scandir", lambda place: _refused() if Path(place).name == "locked" else scandir(place))
+    with pytest.raises(ConfigError, match="Permission denied"):  # what may lie in there is not to be thrown away
+        check_folder(out, overwrite=True)
+    monkeypatch.undo()
+    (out / "locked").rmdir()
     (out / "elsewhere").symlink_to(tmp_path)
     with pytest.raises(ConfigError, match="such as elsewhere"):
         check_folder(out, overwrite=True)

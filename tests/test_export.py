@@ -235,6 +235,13 @@ def test_a_model_that_answers_otherwise_is_never_written(chain, tmp_path, monkey
     assert refused.code == 6 and "nothing is written" in refused.err and not (run / "export").exists()
 
 
+def test_probabilities_are_checked_too(chain, tmp_path, monkeypatch):
+    run, real = made(chain, tmp_path / "r"), export_formats.Deployable.forward
+    monkeypatch.setattr(export_formats.Deployable, "forward", lambda self, images: (real(self, images)[0],) * 2)
+    refused = invoke("export", run, "--to", "safetensors", "--quiet")
+    assert refused.code == 6 and "the exported model's probabilities differ by" in refused.err and not (run / "export").exists()
+
+
 def test_where_the_data_is_gone_noise_is_taken_and_that_is_said(chain, tmp_path):
     run = made(chain, tmp_path / "r", manifest=str(tmp_path / "gone"))
     done = invoke("export", run, "--to", "safetensors", "--images", "3", "--json")

@@ -247,6 +247,13 @@ def test_images_shown_are_so_many_of_each_class():
     assert (shown == choose_images(labels_N, 10, seed=5)).all() and set(shown) != set(choose_images(labels_N, 10, seed=6))
 
 
+def test_a_group_without_test_images_has_no_number():
+    from figure2 import caption
+
+    found = {"own_class_neighbours": {"all": 0.5, "rarest": None}, "silhouette": {"all": -0.25, "rarest": None}}
+    assert caption(found) == "own-class neighbours 50 %, 3 rarest none\nsilhouette −0.25, 3 rarest none"
+
+
 def test_every_class_has_a_look_of_its_own_and_the_rarest_stand_out():
     from figure2 import STRONG, looks
 
@@ -318,6 +325,7 @@ def test_the_figures_in_results_are_those_of_the_scripts():
     import figure1
 
     rates, space, toy = (read(RESULTS / f"figure{n}.png") for n in (1, 2, 3))
+    assert all((RESULTS / f"figure{n}.png").stat().st_size < 200_000 for n in (1, 2, 3))
     documents = {loss: {"rates": dict(zip(rates["classes"], found["rates"], strict=True)),
                         "class_counts": dict(zip(rates["classes"], rates["class_counts"], strict=True))}
                  for loss, found in rates["losses"].items()}  # fmt: skip

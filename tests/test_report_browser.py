@@ -65,7 +65,7 @@ def test_every_number_is_the_json_s(browser, report):
     assert len(seen) > 400 and {f"runs.{i}.metrics.few.value" for i in range(3)} <= seen
 
 
-@pytest.mark.parametrize("width", [375, 768, 1280])
+@pytest.mark.parametrize("width", [360, 620, 768, 1280])
 def test_nothing_is_wider_than_the_screen(browser, width):
     browser.size(width)
     assert browser.run("document.documentElement.scrollWidth") <= width
@@ -74,7 +74,7 @@ def test_nothing_is_wider_than_the_screen(browser, width):
     assert out == []
 
 
-@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("width", [360, 1280])
 def test_texts_of_figures_lie_within_them_and_not_over_each_other(browser, width):
     browser.size(width)
     wrong = browser.run("""(() => {
@@ -98,6 +98,14 @@ def test_texts_of_figures_lie_within_them_and_not_over_each_other(browser, width
     assert wrong == []
 
 
+def test_texts_of_figures_are_large_enough_for_a_phone(browser):
+    """9 px and more at 360 px, which a figure within the text's column would not reach."""
+    browser.size(360)
+    smallest = browser.run("""Math.min(...[...document.querySelectorAll('svg.figure text')].map(t =>
+        parseFloat(getComputedStyle(t).fontSize) * Math.hypot(t.getScreenCTM().a, t.getScreenCTM().b)))""")
+    assert smallest > 9.4
+
+
 def test_dark_and_light(browser):
     look = ("(() => { const style = e => getComputedStyle(document.querySelector(e)); return [style('body').backgroundColor, "
             "style('svg.figure text').fill, style('.verdict').color]; })()")  # fmt: skip
@@ -119,12 +127,12 @@ def test_a_point_says_its_name(browser):
     x, y = browser.run("""(() => {
         const svg = document.querySelector('#figure-accuracy-by-class-1 svg');
         svg.scrollIntoView({block: 'center', behavior: 'instant'});
-        const point = svg.querySelector('use[data-name^="9:"]');
+        const point = svg.querySelector('use[data-name*="9\u2069:"]');
         const at = new DOMPoint(+point.getAttribute('x'), +point.getAttribute('y')).matrixTransform(svg.getScreenCTM());
         return [at.x, at.y]; })()""")
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + 3, y=y - 3)
     shown = browser.run("document.querySelector('.tip').hidden ? '' : document.querySelector('.tip').textContent")
-    assert shown.startswith("9: ") and shown.endswith(" 3 training images")
+    assert shown.startswith("\u20689\u2069: ") and shown.endswith(" 3 training images")
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
     assert browser.run("document.querySelector('.tip').hidden")
 

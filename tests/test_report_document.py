@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import statistics
 import time
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 from scipy.stats import linregress, spearmanr
 
+from balms_cli.engine.header import sha256_of
 from balms_cli.metrics import SCALARS, Scores
-from balms_cli.report import run_files
+from balms_cli.report import compare, run_files
 from balms_cli.report.compare import difference, differences, same_images, seeds
 from balms_cli.report.document import build, plain, unique_names
 from balms_cli.report.text import escape, markdown
@@ -114,6 +116,8 @@ def test_differences_by_hand(runs, labels):
     paired_error = np.std(right[1].astype(float) - right[0]) / 300**0.5
     assert (top1["high"] - top1["low"]) / 2 == pytest.approx(1.96 * paired_error, rel=0.15)
     assert top1["real"] is True
+    (back,) = build(runs[::-1])["differences"]
+    assert back["metrics"]["top1"]["value"] == -top1["value"] and back["metrics"]["top1"]["real"] is True
     itself = difference(runs[0], runs[0])
     assert itself["top1"][0] == 0 and itself["top1"][1] < 0 < itself["top1"][2]
 
@@ -182,6 +186,19 @@ def test_what_varied_is_named(manifest, labels):
     assert varied(first, of_seed(other, labels, 1, stage="pretrain")) == ["data draws and backbone seeds"]
 
 
+def test_another_draw_s_backbone_is_another_seed_only_where_its_seed_varied(manifest, labels, monkeypatch):
+    draws = manifest, make_manifest(COUNTS, labels, sha256="c" * 64)
+
+    def varied(*parent_seeds):
+        stage_1 = [make_header(draw, seed=s, stage="pretrain") for draw, s in zip(draws, parent_seeds, strict=True)]
+        scored = [of_seed(draw, labels, 0, parent_sha256=x * 64) for draw, x in zip(draws, "de", strict=True)]
+        known = dict(zip("de", stage_1, strict=True))
+        monkeypatch.setattr(compare, "parent_of", lambda run, header: (run, known[header.parent_sha256[0]]))
+        return [one["varied"] for one in seeds(scored, ["a", "b"])]
+
+    assert varied(0, 0) == ["data draws"] and varied(0, 1) == ["data draws and backbone seeds"]
+
+
 def test_runs_that_are_no_repetition_of_one_another_are_kept_apart(manifest, labels):
     one = of_seed(manifest, labels, 0)
     assert seeds([one, one], ["a", "a (2)"]) == []  # the same run twice is not two seeds
@@ -219,10 +236,19 @@ def test_classes_without_test_images():
     manifest = make_manifest(COUNTS, np.array([0, 0, 2]))
     document = build([make_scored(manifest, np.eye(K)[[0, 1, 2]])])
     run = document["runs"][0]
+    assert run["never_predicted"] == 4  # each of three once
     assert document["data"]["untested"] == 5 and run["per_class"]["accuracy"] == [0.5, None, 1, None, None, None, None]
     assert run["metrics"]["few"] is None and run["calibration"]["few"] is None and run["confusion"]["groups"]["few"] is None
     rows = dict(csv_files(document))
     assert "class 4,few,12,0,,,,0," in rows["classes.csv"]
+
+
+def test_classes_that_are_all_alike_have_a_trend_of_exactly_nothing():
+    labels = np.repeat(np.arange(K), 3)
+    logits = np.eye(K)[np.where(np.arange(3 * K) % 3, labels, (labels + 1) % K)]
+    run = build([make_scored(make_manifest(COUNTS, labels), logits)])["runs"][0]
+    assert run["per_class"]["accuracy"] == [0.666667] * K
+    assert run["trend"] == {"slope": 0.0, "intercept": 0.666667, "spearman": None}
 
 
 def test_ten_thousand_classes_are_quick_and_small():
@@ -244,6 +270,8 @@ def test_ten_thousand_classes_are_quick_and_small():
 def test_short_names_tell_runs_apart():
     runs = [Path(p) for p in ("/w/a/runs/x", "/w/b/runs/x", "/w/b/runs/y", "/w/b/runs/y")]
     assert unique_names(runs) == ["a/runs/x", "b/runs/x", "y", "y (2)"]
+    assert unique_names([Path("/w/x"), Path("/w/x"), Path("/w/x (2)")]) == ["x", "x (3)", "x (2)"]
+    assert unique_names([Path("/w/a\nb"), Path("/w/a\\nb")]) == ["a\\nb", "a\\nb (2)"]  # equal once they are shown
 
 
 # Files and names of strangers
@@ -257,7 +285,8 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("content", [
     b"", b"nonsense", b"[]", b"[" * 100_000, b'{"step": 1}', b'{"step": 1e999, "loss": 1, "lr": 1}',
-    b'{"step": {}, "loss": 1, "lr": 1}', b'{"step": 1, "loss": "x", "lr": 1}', b'{"rates": {"a": NaN, "b": 1}}',
+    b'{"step": {}, "loss": 1, "lr": 1}', b'{"step": 1, "loss": NaN, "lr": 1}', b'{"step": 1, "loss": 1, "lr": -1e308}',
+    b'{"rates": {"a": 1e308, "b": 1}}', b'{"step": 1, "loss": "x", "lr": 1}', b'{"rates": {"a": NaN, "b": 1}}',
     b'{"rates": {"a": 1}}', b'{"rates": 3}', b"\xff\x00",
 ])  # fmt: skip
 def test_files_that_are_not_what_they_should_be_count_as_not_there(folder, manifest, content):
@@ -282,6 +311,21 @@ def test_a_configuration_with_odd_values_still_makes_plain_json(folder, manifest
     assert "2020-01-01" in markdown(document)
 
 
+def test_a_parent_is_the_checkpoint_that_it_was(folder, tmp_path, manifest):
+    """Found where it was or beside its child, and only with the very bytes that the child started from."""
+    parent = tmp_path / "first" / "model.safetensors"
+    parent.parent.mkdir()
+    text = json.dumps({"__metadata__": make_header(manifest, stage="pretrain").to_metadata()}).encode()
+    parent.write_bytes(len(text).to_bytes(8, "little") + text)
+    child = make_header(manifest, parent_sha256=sha256_of(parent))
+    for place in (parent, Path("/gone/first/model.safetensors")):
+        (folder / "config.toml").write_text(f'[run]\nparent = "{place}"\n')
+        found, header = run_files.parent_of(folder, child)
+        assert (found, header.stage) == (parent.parent, "pretrain")
+    parent.write_bytes(parent.read_bytes() + b" ")
+    assert run_files.parent_of(folder, child) is None
+
+
 def test_a_file_that_is_too_large_or_no_file_is_not_read(folder, monkeypatch):
     monkeypatch.setitem(run_files._MAX_BYTES, "metrics.jsonl", 40)
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.5, "lr": 0.1}\n')
@@ -290,6 +334,12 @@ def test_a_file_that_is_too_large_or_no_file_is_not_read(folder, monkeypatch):
     assert run_files.curves(folder, "retrain") is None
     (folder / "rates.json").mkdir()
     assert run_files.learned_rates(folder, None, ["a"]) is None
+
+
+def test_a_point_of_a_curve_that_is_no_number_is_left_out(folder):
+    (folder / "metrics.jsonl").write_text("\n".join(f'{{"step": {s}, "loss": {x}, "lr": 0.1}}' for s, x in
+                                                    ((1, 2.5), (2, "NaN"), (3, "1e999"), (4, 1.5))))  # fmt: skip
+    assert run_files.curves(folder, "retrain") == {"stage": "retrain", "step": [1, 4], "loss": [2.5, 1.5], "lr": [0.1, 0.1]}
 
 
 def test_long_curves_are_thinned_with_the_last_point_kept(folder):
@@ -306,6 +356,8 @@ def test_plain_leaves_nothing_that_json_cannot_hold():
 
 
 HOSTILE = ["<script>alert(1)</script>", "a|b", "*x* _y_ `z` [l](http://e) ![p](q)", "# head", "=1+1", 'q"uote', "Ünï 漢字"]
+HOSTILE_TOO = ["@someone #1 GH-1", "https://example.org/a", "www.example.org", "a@example.org", "{{ site.x }}", "\u202eesrever",
+               "+cmd|' /C calc'!A0"]  # fmt: skip
 
 
 def test_names_cannot_break_out_of_the_tables(labels):
@@ -321,6 +373,34 @@ def test_names_cannot_break_out_of_the_tables(labels):
               if line.startswith("|")]  # fmt: skip
     assert len(set(widths)) == 1 and len(widths) == K + 2
     assert escape("a\nb\x1b[1m") == "a\\\\nb\\\\x1b\\[1m" and len(escape("x" * 1000)) < 310
+
+
+def test_names_are_no_mentions_links_or_templates_in_markdown(labels):
+    """Where Markdown has more than CommonMark: a pull request calls people and makes links of addresses by itself."""
+    from markdown_it import MarkdownIt
+
+    manifest = make_manifest(COUNTS, labels, names=HOSTILE_TOO)
+    text = markdown(build([make_scored(manifest, noisy_logits(np.random.default_rng(0), labels, K))]))
+    bare = re.sub(r"\\[^\w\s]", "", text)
+    assert not re.search(r"@someone|://|www\.|@example|\{\{|\u202e", bare)
+    shown = "".join(token.content for token in MarkdownIt("commonmark").enable("table").parse(text) if token.type == "inline")
+    assert all(word in shown.replace("\\", "") for word in ("@someone #1 GH-1", "https://example.org/a", "{{ site.x }}"))
+
+
+def test_no_cell_of_a_table_is_a_formula(labels):
+    names = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "＝1", "-5", "plain =1"]
+    document = build([make_scored(make_manifest(COUNTS, labels, names=names),
+                                  noisy_logits(np.random.default_rng(0), labels, K), run="/runs/=run")])  # fmt: skip
+    rows = [row for _, text in csv_files(document) for row in csv.reader(io.StringIO(text))]
+    assert not [cell for row in rows for cell in row if cell[:1] in set("=@＝＋－＠")]
+    shown = {row[1] for row in rows}
+    assert {"'=1+1", "'+cmd|' /C calc'!A0", "'-2+3", "'@SUM(A1)", "'＝1", "-5", "plain =1"} <= shown
+    assert document["data"]["classes"] == names
+
+
+def test_one_is_not_a_plural():
+    text = markdown(build([make_scored(make_manifest([1], np.zeros(1, int)), np.zeros((1, 1)))]))
+    assert "1 image of 1 class, scored on" in text and "- 1 training image, 1 to 1 a class" in text
 
 
 def test_the_tables_hold_the_documents_numbers(runs):

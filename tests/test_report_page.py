@@ -12,14 +12,15 @@ import pytest
 from PIL import Image
 
 from balms_cli.metrics import Scores
-from balms_cli.report import figures, svg
+from balms_cli.report import figures, figures_accuracy, svg
+from balms_cli.report.canvas import class_room, room
 from balms_cli.report.document import build
 from balms_cli.report.html import Numbers, escape, named, tag
 from balms_cli.report.page import render, write_page
 from balms_cli.report.palette import DARK, LIGHT
 from balms_cli.report.parts import Parts
 from balms_cli.report.thumbnails import thumbnails
-from balms_cli.report.verdict import verdict
+from balms_cli.report.verdict import gap_is_real, verdict
 from balms_cli.report.view import View
 
 from .conftest import draw_photos
@@ -236,6 +237,22 @@ def test_a_dollar_is_a_dollar_in_figures(labels, slow_png):
     assert Image.open(io.BytesIO(parts.files["marginal.png"])).size[0] > 500
 
 
+def test_fonts_that_are_there_help_out_in_a_png(monkeypatch):
+    import matplotlib
+
+    monkeypatch.setattr(svg, "_FONTS", ("STIXGeneral", "No Such Font"))  # the first comes with matplotlib
+    with svg.drawing("a figure"):
+        assert matplotlib.rcParams["font.family"] == ["DejaVu Sans", "STIXGeneral"]
+
+
+def test_wide_letters_have_their_room(labels):
+    """Chinese, Japanese and Korean letters are as wide as two others."""
+    narrow, wide = (View(build(scored_runs(labels, [letter * n + str(c) for c in range(K)])[:1]))
+                    for letter, n in (("abcdefgh", 1), ("漢字名前", 1)))  # fmt: skip
+    assert class_room(wide) == class_room(narrow) > 0.7
+    assert room(["漢" * 15] * 2) > room(["a" * 15] * 2)
+
+
 def test_the_same_document_makes_the_same_bytes_and_matplotlib_stays_as_it_was(single, slow_png):
     import matplotlib
     from matplotlib import _pylab_helpers
@@ -263,6 +280,9 @@ def test_one_class_only(tmp_path):
     check_numbers(page, document)
     assert "only one class" in page.one("p", class_="headline").text
     assert "No image is taken for another class" in page.one("section", id="confusion").text
+    assert page.one("p", class_="about").text.startswith("run scored on 5 test images of 1 class, ")
+    assert "30 training images of 1 class." in page.one("section", id="data").text
+    assert "scores right on average" in page.one("header").text
 
 
 def test_classes_that_are_never_predicted_or_never_tested():
@@ -281,6 +301,40 @@ def test_classes_that_are_never_predicted_or_never_tested():
     assert "re-scored for another class prior" in page.one("header").text
     assert document["runs"][0]["never_predicted"] == 3
     assert [e.text for e in page.all("h3") if e.text.startswith("never")] == ["never predicted"]
+    assert "1 class without a test image" in text and "The largest class holds" in text
+
+
+def test_runs_on_other_images_are_not_said_to_be_scored_on_the_first_s(labels):
+    first, other = scored_runs(labels)
+    document = build([first, other])
+    assert Page(render(document, {})[0]).one("p", class_="about").text.startswith("2 runs scored on 84 test images of 7 ")
+    document["runs"][1]["same_images"] = False
+    assert Page(render(document, {})[0]).one("p", class_="about").text.startswith("2 runs, the first scored on 84 test ")
+
+
+def test_right_to_left_names_leave_the_words_beside_them_in_order(labels):
+    """In a title and at a point a name stands isolated, and is read as it is; matplotlib gets no marks of direction."""
+    names = ["חתול", "\u202eesrever\u202c", *(f"class {c}" for c in range(2, K))]
+    parts = Parts(build(scored_runs(labels, names, ["/runs/נסיון\u2069", "/runs/b"])), {})
+    page = Page(str(parts.figure(figures_accuracy.by_class, 0)))
+    assert page.one("h3").text == "\u2068נסיון\u2069: accuracy of each class"
+    assert page.one("a").attributes["aria-label"] == "נסיון: accuracy of each class as PNG"
+    assert parts.files["accuracy-by-class-1.png"] == "png of נסיון: accuracy of each class".encode()
+    titles = {e.text.partition(":")[0] for e in page.all("title")}
+    assert {"\u2068חתול\u2069", "\u2068esrever\u2069"} <= titles
+    assert "\u202e" not in str(parts.figure(figures.class_counts))
+
+
+def test_regions_are_named_in_words(page_of_several):
+    regions = [e.attributes["aria-label"] for e in page_of_several[0].all("div", role="region")]
+    assert "Shot groups, by a class’s training images" in regions and not [r for r in regions if re.search(r"[a-z%],?under", r)]
+
+
+def test_a_trend_that_falls_is_said_to_fall(single):
+    down = copy.deepcopy(single)
+    down["runs"][0]["trend"]["slope"] = -0.123
+    said = figures_accuracy.by_class(View(down), 0).label
+    assert said.endswith("The trend goes down by 12.3 points for ten times as many images.")
 
 
 def test_more_runs_than_colours(labels, monkeypatch):
@@ -300,7 +354,7 @@ def test_more_runs_than_colours(labels, monkeypatch):
 def test_names_of_points_are_in_the_page_up_to_a_limit(page_of_single, several, monkeypatch):
     page, _ = page_of_single
     titles = [e.text for e in page.all("title") if "use" in e.inside]
-    assert sorted(titles)[0].startswith("class 0: 100.0 %, 300") and len(titles) == K
+    assert sorted(titles)[0] == "\u2068class 0\u2069: 100.0 %, 300 training images" and len(titles) == K
     monkeypatch.setattr("balms_cli.report.figures_accuracy.POINTS", 2)
     crowded = Page(render(several, {})[0])
     assert not [e for e in crowded.all("title") if "use" in e.inside]
@@ -412,12 +466,12 @@ def test_the_verdict_on_a_run_that_forgets_the_tail(single):
     assert "balms evaluate /runs/weak --target-prior uniform" in advice
 
 
-def changed_run(document, *, marginal: dict | None = None, metrics: dict | None = None, **more):
+def changed_run(document, *, marginal: dict | None = None, metrics: dict | None = None, spread: float = 0.02, **more):
     """A copy whose run 0 has other group accuracies, and scores that give each group its part."""
     document = copy.deepcopy(document)
     run = document["runs"][0]
     for name, value in (metrics or {}).items():
-        run["metrics"][name] = {"value": value, "low": value - 0.02, "high": value + 0.02}
+        run["metrics"][name] = {"value": value, "low": value - spread, "high": value + spread}
     if marginal:
         run["marginal"] |= marginal | {"per_share": marginal}
     run |= more
@@ -432,7 +486,18 @@ HEAD, TAIL = {"many": 1.5, "medium": 1.0, "few": 0.6}, {"many": 0.6, "medium": 1
     (dict(marginal=LEVEL, metrics={"many": 0.8, "few": 0.5}), ["more images help most", "class 6"]),
     (dict(marginal=LEVEL, metrics={"many": 0.8, "few": 0.79}), ["nothing to mend", "could be chance"]),
     (dict(marginal=LEVEL, metrics={"many": 0.8, "few": 0.77}), ["only 3.0 points"]),
-    (dict(marginal=LEVEL, metrics={"many": 0.6, "few": 0.8}), ["20.0 points above many-shot"]),
+    (dict(marginal=LEVEL, metrics={"many": 0.6, "few": 0.8}), ["20.0 points above many-shot ones, 80.0 % against 60.0 %.",
+                                                               "no worse than the frequent"]),
+    (dict(marginal=LEVEL, metrics={"many": 0.8, "few": 0.83}), ["only 3.0 points above many-shot ones, 83.0 % against 80.0 %"]),
+    (dict(marginal=LEVEL, metrics={"many": 0.8, "few": 0.6}, spread=0.2),
+     ["20.0 points below many-shot ones, 60.0 % against 80.0 %; the difference could be chance.", "more test images"]),
+    (dict(marginal=LEVEL, metrics={"many": 0.6, "few": 0.8}, spread=0.2),
+     ["20.0 points above many-shot ones, 80.0 % against 60.0 %; the difference could be chance."]),
+    (dict(marginal=HEAD, metrics={"many": 0.8, "few": 0.6}, spread=0.2), ["could be chance", "does not favour the frequent"]),
+    (dict(marginal=LEVEL | {"few": 1.24}), ["Its scores are balanced"]),
+    (dict(marginal=LEVEL | {"few": 0.81}), ["Its scores are balanced"]),
+    (dict(marginal=LEVEL | {"few": 1.26}), ["favour the rare"]),
+    (dict(marginal=LEVEL | {"few": 0.79}), ["favour the frequent"]),
     (dict(marginal=TAIL, metrics={"many": 0.6, "few": 0.8}, loss="balanced", sampler="class"),
      ["favour the rare classes", "over-balances"]),
     (dict(marginal=TAIL, metrics={"many": 0.6, "few": 0.8}, loss="balanced"), ["--loss-exponent 0.75"]),
@@ -443,6 +508,67 @@ HEAD, TAIL = {"many": 1.5, "medium": 1.0, "few": 0.6}, {"many": 0.6, "medium": 1
 def test_the_verdict_follows_from_the_numbers(single, change, says):
     told = " ".join(verdict_of(changed_run(single, **change)))
     assert all(words.lower() in told.lower() for words in says), told
+
+
+def test_advice_on_a_classifier_starts_from_its_backbone_and_doubles_its_steps(single):
+    of = changed_run(single, marginal=HEAD, loss="balanced", stage="retrain")
+    of["runs"][0]["provenance"]["parent"], of["runs"][0]["recipe"]["steps"] = "/runs/first/model.safetensors", {"value": 150}
+    assert "balms retrain /runs/first --loss balanced --meta-sampler --steps 300" in verdict_of(of)[2]
+
+
+def test_of_equal_runs_the_first_is_the_best(several):
+    equal = copy.deepcopy(several)
+    equal["runs"][1]["metrics"] = equal["runs"][0]["metrics"]
+    assert View(equal).best == 0 and verdict_of(equal)[0].startswith("No run is better than weak")
+
+
+def test_a_point_has_the_name_of_its_class(page_of_single, single):
+    """Names are given to the points in the order in which they were drawn: by the axis, the further right the more images."""
+    uses = [e for e in page_of_single[0].all("use") if "#" in e.attributes["href"] and e.text]
+    right_to_left = sorted(uses, key=lambda use: -float(use.attributes["x"]))
+    assert [use.text[1:8] for use in right_to_left] == [f"class {c}" for c in range(K)]
+    heights = [-float(use.attributes["y"]) for use in right_to_left]
+    accuracy = single["runs"][0]["per_class"]["accuracy"]
+    assert np.corrcoef(heights, accuracy)[0, 1] == pytest.approx(1, abs=1e-4)
+
+
+def test_lines_of_the_reliability_diagram_leave_out_small_bins(single):
+    figure = figures_accuracy.reliability(View(single), 0).figure
+    bins = single["runs"][0]["calibration"]["all"]["bins"]
+    (line,) = [line for line in figure.axes[0].lines if line.get_linewidth() == 2 and len(line.get_xdata())]
+    assert list(line.get_ydata()) == [100 * b["accuracy"] for b in bins if b["n"] >= 5]
+    assert any(0 < b["n"] < 5 for b in bins)
+
+
+def test_a_curve_is_shown_as_it_is_and_as_a_running_mean(several):
+    loss = np.array(several["runs"][0]["curves"]["loss"])
+    thin, thick = figures.curves(View(several), "pretrain").figure.axes[0].lines
+    assert np.array_equal(thin.get_ydata(), loss) and thin.get_linewidth() < 1 < thick.get_linewidth()
+    assert thick.get_ydata() == pytest.approx([loss[max(0, i - 1) : i + 2].mean() for i in range(20)])
+    values = np.random.default_rng(0).random(200)
+    assert figures._smooth(values) == pytest.approx([values[max(0, i - 5) : i + 6].mean() for i in range(200)])
+
+
+def test_only_real_differences_are_filled(several):
+    chance = copy.deepcopy(several)
+    for metric, found in chance["differences"][0]["metrics"].items():
+        found["real"] = metric == "few"
+    lines = figures_accuracy.differences(View(chance)).figure.axes[0].lines
+    marks = [line for line in lines if line.get_marker() == "s" and len(line.get_xdata())]
+    empty = [mark.get_markerfacecolor() == LIGHT["paper"] for mark in marks]
+    assert empty == [True, True, False, True]  # many, medium, few, all classes
+
+
+def test_the_classes_that_do_worst_are_named_the_rarer_of_equals_first(single):
+    of = changed_run(single, marginal=LEVEL, metrics={"many": 0.8, "few": 0.5})
+    of["runs"][0]["per_class"]["accuracy"] = [0.1, 0.5, 0.5, 0.9, 0.5, None, 0.9]
+    assert "do worst: class 0, class 4, class 2." in verdict_of(of)[2]
+
+
+def test_the_rarest_of_the_classes_that_are_never_predicted_are_named(single):
+    of = copy.deepcopy(single)
+    of["runs"][0]["per_class"]["predicted"][1:5], of["runs"][0]["never_predicted"] = [0] * 4, 5
+    assert "5 of 7 classes are never predicted (class 6, class 4, class 3, …)." in verdict_of(of)[1]
 
 
 def test_the_verdict_on_several_runs(several):
@@ -461,6 +587,38 @@ def test_the_verdict_on_several_runs(several):
     assert verdict_of(chance)[0].startswith("No run is better than strong")
 
 
+@pytest.mark.parametrize("head, tail, real", [
+    ((0.80, 0.70, 0.82), (0.70, 0.69, 0.72), False),  # 10 points; sqrt(10^2 + 2^2) = 10.2
+    ((0.80, 0.78, 0.90), (0.70, 0.60, 0.72), True),  # sqrt(2^2 + 2^2) = 2.8: the ends that face each other count
+    ((0.80, 0.72, 0.82), (0.70, 0.69, 0.75), True),  # sqrt(8^2 + 5^2) = 9.4
+])  # fmt: skip
+def test_whether_a_gap_is_real_by_hand(single, head, tail, real):
+    document = copy.deepcopy(single)
+    for name, found in (("many", head), ("few", tail)):
+        document["runs"][0]["metrics"][name] = dict(zip(("value", "low", "high"), found, strict=True))
+    assert gap_is_real(View(document), 0) is real
+
+
+@pytest.mark.parametrize("overall, head, tail, says", [
+    ((0.05, 0.04), (-0.03, -0.04), (0.1, 0.08),
+     ["Both differences are real", "It costs 3.0 points (−4.0 to −2.0) on many-shot"]),
+    ((0.05, 0.04), (0.1, 0.08), (-0.1, -0.12),
+     ["all classes. The difference is real", "It also gains 10.0 points (+8.0 to +12.0) on many-shot",
+      "It costs 10.0 points (−12.0 to −8.0) on few-shot"]),
+    ((0.01, -0.02), (0.0, -0.02), (0.1, 0.08), ["it may be 0", "no difference can be told: 0.0 points, interval −2.0 to +2.0",
+                                               "It also gains 10.0 points (+8.0 to +12.0) on few-shot"]),
+])  # fmt: skip
+def test_what_the_best_run_costs_and_gains(several, overall, head, tail, says):
+    """A loss on the rare classes is told, and never called a gain; ``overall``, ``head``, ``tail``: value and low."""
+    document = copy.deepcopy(several)
+    for metric, (value, low) in zip(("balanced_accuracy", "many", "few"), (overall, head, tail), strict=True):
+        high = 2 * value - low
+        document["differences"][0]["metrics"][metric] = {"value": value, "low": low, "high": high, "real": low > 0 or high < 0}
+    told = " ".join(verdict_of(document)[:2])
+    assert all(words in told for words in says), told
+    assert told.count("on few-shot") == sum("on few-shot" in words for words in says)
+
+
 def test_a_command_of_the_advice_survives_the_shell(single):
     import shlex
 
@@ -473,7 +631,7 @@ def test_a_command_of_the_advice_survives_the_shell(single):
 
 def test_elements_escape_what_is_in_them():
     assert tag("p", "<b>&\"'", title='"><script>') == "<p title=\"&quot;&gt;&lt;script&gt;\">&lt;b&gt;&amp;&quot;&#x27;</p>"
-    assert escape(escape("<")) == "&lt;"
+    assert escape(escape("<")) == "&lt;" and escape("a\0b\ud800") == "a\\x00b\\ud800"
     assert tag("a", hidden=False, open=True, class_=None) == "<a open></a>"
     assert named("x" * 50, 10) == f'<bdi title="{"x" * 50}">{"x" * 9}…</bdi>'
     numbers = Numbers({"a.b": {"~c": [0.12345, None]}})

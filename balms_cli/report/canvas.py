@@ -7,9 +7,10 @@ import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
+from unicodedata import east_asian_width
 
 from ..data.aside import printable
-from .html import shorten
+from .html import shorten, unturned
 from .palette import LIGHT, RUN_LINES, RUN_MARKERS
 from .svg import WIDTH
 from .view import View
@@ -33,8 +34,13 @@ class Drawn:
 
 def label(name: str, most: int = 28) -> str:
     """A stranger's name as a figure shows it."""
-    shown = shorten(_NOT_XML.sub("\ufffd", printable(name)), most)
+    shown = shorten(unturned(_NOT_XML.sub("\ufffd", printable(name))), most)
     return f"\u200b{shown}" if shown.startswith("_") else shown  # matplotlib leaves such names out of legends
+
+
+def _width(name: str) -> int:
+    """Letters of the usual width that a name takes: Chinese, Japanese and Korean ones count twice."""
+    return len(name) + sum(east_asian_width(letter) in "WF" for letter in name)
 
 
 def canvas(height: float, *, left: float = LEFT, right: float = 0.24, top: float = 0.34, bottom: float = 0.5):
@@ -49,7 +55,7 @@ def canvas(height: float, *, left: float = LEFT, right: float = 0.24, top: float
 
 def _columns(names: list[str]) -> int:
     """Names in a row of the legend: all where they fit, else two, else one."""
-    lengths = [len(label(name)) + 5 for name in names]
+    lengths = [_width(label(name)) + 5 for name in names]
     return len(names) if sum(lengths) <= _LETTERS else 2 if 2 * max(lengths) <= _LETTERS else 1
 
 
@@ -65,7 +71,7 @@ def legend(axes, names: list[str]) -> None:
 
 def room(names: list[str]) -> float:
     """Inches above the axes that the legend needs."""
-    return 0.14 + (0.2 * math.ceil(len(names) / _columns(names)) if names else 0)
+    return 0.14 + (0.025 + 0.175 * math.ceil(len(names) / _columns(names)) if names else 0)
 
 
 def logarithmic(axis, low: float, high: float, narrow: bool = False) -> None:
@@ -107,11 +113,11 @@ def class_axis(axes, view: View) -> None:
 def class_room(view: View) -> float:
     """Inches under the axes that :func:`class_axis` needs."""
     names = [label(view.document["data"]["classes"][c], 10) for c in view.order] if len(view.order) <= NAMED else []
-    return 0.5 if not names or not _slanted(names) else 0.44 + 0.042 * max(len(name) for name in names)
+    return 0.5 if not names or not _slanted(names) else 0.44 + 0.042 * max(map(_width, names))
 
 
 def _slanted(names: list[str]) -> bool:
-    return len(names) * (max(len(name) for name in names) + 1) > 62
+    return len(names) * (max(map(_width, names)) + 1) > 62
 
 
 def run_style(place: int, marked: bool) -> dict[str, Any]:

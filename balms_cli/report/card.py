@@ -13,6 +13,7 @@ from ..data.aside import printable
 from ..data.longtail import FEW_BELOW, GROUPS, MANY_ABOVE, shot_groups
 from ..data.manifest import Manifest
 from ..engine.header import Header
+from .html import plural, unturned
 
 _SHOWN = 40  # classes in the table, half of them from each end
 _NAMED = 20  # classes named in a sentence
@@ -81,7 +82,8 @@ def implied_prior(header: Header, shown: Callable[[str], str] = printable) -> st
 
 def markdown(text: str) -> str:
     """Text that Markdown shows as it stands, within a line or a table's cell: no markup, no HTML, no link."""
-    return re.sub(r"[\\`*_\[\]<>#!|~&$@^:]|(?<=www)\.", lambda found: "\\" + found[0], printable(text), flags=re.IGNORECASE)
+    special = r"[\\`*_{}\[\]<>#!|~&$@^:]|(?<=www)\."
+    return re.sub(special, lambda found: "\\" + found[0], unturned(printable(text)), flags=re.IGNORECASE)
 
 
 def fenced(text: str, language: str = "") -> str:
@@ -97,8 +99,8 @@ def _front_matter(header: Header, trained: bool) -> str:
 
 
 def _what(header: Header, report: dict[str, Any], parameters: int, parent: Header | None, trained: bool) -> str:
-    size, versions = header.image_size, report.get("versions", {})
-    name = f"# {markdown(header.backbone)} for {markdown(header.data['name'])}, {len(header.classes)} classes"
+    size, count, versions = header.image_size, len(header.classes), report.get("versions", {})
+    name = f"# {markdown(header.backbone)} for {markdown(header.data['name'])}, {count} {plural(count, 'class')}"
     network = (f"{markdown(header.backbone)} ({parameters:,} parameters), which sees RGB images of {size} x {size} px, made by "
                f"`balms {header.stage}` (balms {versions.get('balms', 'unknown')}) on {header.created[:10]}.")  # fmt: skip
     if not trained:
@@ -191,9 +193,10 @@ def _limits(header: Header, manifest: Manifest, parent: Header | None) -> str:
               f"It sees the centre square of an image, at {size} x {size} px; the training images were of about "
               f"{manifest.image_size[0]} x {manifest.image_size[1]} px."]  # fmt: skip
     if few:
-        points.append(f"{len(few):,} of {len(counts):,} classes were learned from fewer than {FEW_BELOW} images: "
-                      f"{names_of([f'{header.classes[c]} ({counts[c]})' for c in few])}. What else such a class can look like, "
-                      "it has not seen.")  # fmt: skip
+        names = names_of([f"{header.classes[c]} ({counts[c]})" for c in few])
+        points.append(f"{len(few):,} of {len(counts):,} {plural(len(counts), 'class')} {'was' if len(few) == 1 else 'were'} "
+                      f"learned from fewer than {FEW_BELOW} images: {names}. What else such a class can look like, it has "
+                      "not seen.")  # fmt: skip
     if manifest.untested:
         points.append(f"No test images, so that nothing can be said of them: {names_of(manifest.untested)}.")
     start = (parent or header).recipe.get("weights")

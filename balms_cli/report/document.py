@@ -4,6 +4,7 @@ Shapes: N images, C classes. Fractions from 0 to 1; None where there is nothing 
 order of ``data.classes``.
 """
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -51,18 +52,18 @@ def unique_names(runs: list[Path]) -> list[str]:
 
     A run that is given twice gets a number.
     """
-    paths = [run.resolve().parts for run in runs]
+    paths = [tuple(map(printable, run.resolve().parts)) for run in runs]
     names = ["/".join(parts[-1:]) for parts in paths]
     depth = 1
     while len(set(names)) < len(set(paths)):
         depth += 1
         often = Counter(dict(zip(paths, names, strict=True)).values())
         names = ["/".join(p[-depth:]) if often[name] > 1 else name for p, name in zip(paths, names, strict=True)]
-    seen: Counter[str] = Counter()
-    for i, name in enumerate(names):
-        seen[name] += 1
-        names[i] = name if seen[name] == 1 else f"{name} ({seen[name]})"
-    return names
+    folders, given = set(names), []
+    for name in names:
+        again = (f"{name} ({n})" for n in itertools.count(2))
+        given.append(name if name not in given else next(one for one in again if one not in folders and one not in given))
+    return given
 
 
 def _data(first: Scored) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..metrics import GROUPS
 from .canvas import Drawn, canvas, label, legend, logarithmic, room
-from .html import points
+from .html import isolated, plural, points, shorten
 from .palette import LIGHT, MARKERS, RUN_MARKERS
 from .svg import number
 from .view import GROUP_WORDS, View
@@ -55,7 +55,7 @@ def differences(view: View) -> Drawn | None:
     first = view.runs[0]["name"]
     axes.set(xlim=(-1.06 * widest, 1.06 * widest), xlabel=f"points more than {label(first, 20)}; filled: real")
     said = f"Points more than {first} on the same images. {_said(rows, sign=True)}"
-    return Drawn("differences", f"Difference to {first}", said, figure)
+    return Drawn("differences", f"Difference to {isolated(shorten(first, 48))}", said, figure)
 
 
 def _intervals(rows: list[tuple[int, str, dict[str, tuple[str, dict | None]]]], blocks: list[str], several: bool):
@@ -119,8 +119,8 @@ def by_class(view: View, run: int) -> Drawn:
                      gid=f"points-{group}", rasterized=pixels)  # fmt: skip
         axes.plot([], [], MARKERS[group], color=LIGHT[group], label=f"{group}-shot")
         if not pixels:
-            hover[f"points-{group}"] = [f"{label(names[c], 80)}: {accuracy_C[c]:.1f} %, {counts_C[c]:,} training images"
-                                        for c in of_C]  # fmt: skip
+            hover[f"points-{group}"] = [f"{isolated(label(names[c], 80))}: {accuracy_C[c]:.1f} %, {counts_C[c]:,} training "
+                                        f"{plural(counts_C[c], 'image')}" for c in of_C]  # fmt: skip
     if one["trend"] is not None:
         x = np.geomspace(counts_C[tested_C].min(), counts_C[tested_C].max(), 60)
         axes.plot(x, (100 * (one["trend"]["intercept"] + one["trend"]["slope"] * np.log10(x))).clip(0, 100), color=LIGHT["ink"],
@@ -132,8 +132,10 @@ def by_class(view: View, run: int) -> Drawn:
     axes.set(xlabel="training images of the class", ylabel="accuracy %")
     logarithmic(axes.xaxis, low / spare, high * spare)
     legend(axes, ["many-shot", "medium-shot", "few-shot", "trend"][: len(axes.get_legend_handles_labels()[1])])
-    trend = one["trend"]
-    said = "" if trend is None else f" The trend goes up by {100 * trend['slope']:.1f} points for ten times as many images."
+    said = ""
+    if one["trend"] is not None:
+        slope = one["trend"]["slope"]
+        said = f" The trend goes {'up' if slope >= 0 else 'down'} by {points(slope)} points for ten times as many images."
     return Drawn(view.file("accuracy-by-class", run), view.titled("Accuracy of each class", run),
                  f"Accuracy of {tested_C.sum():,} classes over their training images.{said}", figure, hover)  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..data.aside import printable
 
 _VOID = {"meta", "link", "img", "br", "col"}
-# Marks that turn the direction of the text after them: harmless within <bdi>, not in an attribute.
+# Marks that turn the direction of the text after them: harmless within <bdi>, not in plain text.
 _TURNS = re.compile("[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069]")
 
 
@@ -26,7 +26,17 @@ def escape(text: Any) -> Safe:
 
 def attribute(value: Any) -> Safe:
     """A value within the quotes of an attribute."""
-    return Safe(_TURNS.sub("", escape(value)))
+    return Safe(unturned(escape(value)))
+
+
+def unturned(text: str) -> str:
+    """Text without marks of direction."""
+    return _TURNS.sub("", text)
+
+
+def isolated(text: str) -> str:
+    """A stranger's name in plain text: its direction does not reach the figures after it."""
+    return f"\u2068{unturned(text)}\u2069"
 
 
 def join(parts: Iterable[Any], between: str = "") -> Safe:
@@ -69,7 +79,7 @@ def table(caption: Any, head: list[Any], rows: Iterable[list[Any]], *, class_: s
     for row in rows:
         first = tag("th", row[0], scope="row") if named_rows else tag("td", row[0])
         body.append(tag("tr", first, *(tag("td", cell) for cell in row[1:])))
-    label = re.sub("<[^>]*>", "", escape(caption))
+    label = re.sub("<[^>]*>", "", escape(caption).replace("<small>", ", "))
     return tag("div", tag("table", tag("caption", tag("div", caption)), header, tag("tbody", *body)),
                class_=f"scroll {class_}".strip(), tabindex="0", role="region", aria_label=Safe(label))  # fmt: skip
 
@@ -110,6 +120,10 @@ class Numbers:
     def count(self, *path: Any) -> Safe:
         return self._data(path, self.at(*path), lambda value: f"{value:,}")
 
+    def counted(self, *path: Any, noun: str) -> Safe:
+        """A count and its noun: 1 class, 2 classes."""
+        return join([self.count(*path), " ", plural(self.at(*path), noun)])
+
     def signed(self, *path: Any) -> Safe:
         """A difference of two fractions in points, with its sign."""
         return self._data(path, self.at(*path), lambda value: points(value, sign=True))
@@ -142,6 +156,10 @@ def place(path: Iterable[Any]) -> str:
 def points(value: float, sign: bool = False) -> str:
     text = f"{100 * abs(value):.1f}"
     return ("" if text == "0.0" else "+" if value > 0 else "−") + text if sign else text
+
+
+def plural(count: int, noun: str) -> str:
+    return noun if count == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
 def brief(value: Any) -> str:

@@ -72,8 +72,10 @@ def _header(page: Parts) -> Safe:
     document, n = page.document, page.numbers
     first = document["runs"][0]
     what = [named(first["name"], 80)] if not page.several else [n.count("runs", "#"), " runs"]
-    about = [*what, " scored on ", n.count("images"), f" {document['split']} images of ", n.count("data", "classes", "#"),
-             " classes, ", tag("time", document["created"][:10], datetime=document["created"])]  # fmt: skip
+    first_alone = ", the first" if not all(run["same_images"] for run in document["runs"]) else ""
+    about = [*what, f"{first_alone} scored on ", n.counted("images", noun=f"{document['split']} image"), " of ",
+             n.counted("data", "classes", "#", noun="class"), ", ",
+             tag("time", document["created"][:10], datetime=document["created"])]  # fmt: skip
     return tag("header", tag("p", tag("b", "balms"), " · long-tail report", class_="eyebrow"),
                tag("h1", named(document["data"]["name"], 120)), tag("p", *about, class_="about"), *_prior(page), _verdict(page),
                sections_results.tiles(page), _contents(page))  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .canvas import Drawn, label
-from .html import Numbers, Safe, join, named, tag
+from .html import Numbers, Safe, join, named, shorten, tag
 from .palette import MARKERS
 from .svg import Styles, drawing, inline, png
 from .view import View
@@ -38,7 +38,7 @@ class Parts:
             svg = inline(drawn.figure, self.styles, drawn.label, drawn.hover)
             self.files[f"{drawn.name}.png"] = png(drawn.figure, label(drawn.title, 48))
         link = tag("a", "PNG", href=f"{drawn.name}.png", aria_label=f"{drawn.title} as PNG")
-        title = tag("div", tag("h3", named(drawn.title, 70)), link, class_="title")
+        title = tag("div", tag("h3", shorten(drawn.title, 70)), link, class_="title")
         return tag("figure", title, svg, id=f"figure-{drawn.name}")
 
 

@@ -5,7 +5,6 @@ not there, and the report does without it.
 """
 
 import json
-import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ _MAX_BYTES = {CONFIG: 500_000, METRICS: 50_000_000, RATES: 5_000_000}  # each ma
 # What reading such a file raises where it is not what it should be; deep nesting and 1e999 for a step included.
 _NOT_OURS = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 _MOST_POINTS = 500  # of a curve: more than a figure is wide
+_LARGEST = 1e100  # what is larger, or not a number, no figure can show
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -43,10 +43,11 @@ def parent_of(run: Path, header: Header) -> tuple[Path, Header] | None:
 
 
 def curves(run: Path, stage: str) -> dict[str, Any] | None:
-    """``metrics.jsonl`` as lists: step, loss, lr, evenly thinned to 500 points with the last kept."""
+    """``metrics.jsonl`` as lists: step, loss, lr, evenly thinned to 500 points with the last kept; without points that are
+    not numbers, as a loss that was not finite."""
     try:
         lines = [json.loads(line) for line in _read(run / METRICS).splitlines()]
-        points = [(int(p["step"]), float(p["loss"]), float(p["lr"])) for p in lines]
+        points = [(int(p["step"]), float(p["loss"]), float(p["lr"])) for p in lines if _shown(p["loss"], p["lr"], p["step"])]
     except _NOT_OURS:
         return None
     stride = -(-len(points) // _MOST_POINTS) or 1
@@ -64,7 +65,7 @@ def learned_rates(run: Path, header: Header, classes: list[str]) -> dict[str, An
         values = [float(document["rates"][name]) for name in classes]
     except _NOT_OURS:
         return None
-    if not all(map(math.isfinite, values)):
+    if not _shown(*values):
         return None
     mean = sum(values) / len(values)
     return {"kind": "class weights" if "reweigher" in header.sampler else "sample rates", "values": values,
@@ -99,6 +100,10 @@ def _read(path: Path) -> str:
     if not path.is_file() or path.stat().st_size > _MAX_BYTES[path.name]:
         raise ValueError(f"{path} is no file, or too large")
     return path.read_text(encoding="utf-8")
+
+
+def _shown(*values: Any) -> bool:
+    return all(abs(value) <= _LARGEST for value in values)
 
 
 def _table(document: dict[str, Any], name: str) -> dict[str, Any]:

@@ -13,9 +13,11 @@ _RANGES = {"many": "more than 100", "medium": "20 to 100", "few": "fewer than 20
 def data(page: Parts) -> Safe:
     n, facts = page.numbers, page.document["data"]
     first, last = page.view.order[0], page.view.order[-1]
-    lede = say(n.count("data", "train_images"), " training images of ", n.count("data", "classes", "#"), " classes, from ",
-               n.count("data", "train_counts", first), " a class down to ", n.count("data", "train_counts", last),
-               ". The largest tenth of the classes holds ", n.percent("data", "head_share"), " % of the images.")  # fmt: skip
+    largest = "tenth of the classes" if len(facts["classes"]) > 10 else "class"
+    spread = [", from ", n.count("data", "train_counts", first), " a class down to ", n.count("data", "train_counts", last),
+              f". The largest {largest} holds ", n.percent("data", "head_share"), " % of the images"]  # fmt: skip
+    lede = say(n.counted("data", "train_images", noun="training image"), " of ",
+               n.counted("data", "classes", "#", noun="class"), *(spread if first != last else ()), ".")  # fmt: skip
     rows = [
         [join([group_key(group), tag("span", _RANGES[group], class_="sub")]),
          *(n.count("data", "groups", group, key) for key in ("classes", "train_images", "test_images"))]
@@ -30,7 +32,8 @@ def data(page: Parts) -> Safe:
         ("drawn", join([facts["profile"], ", seed ", n.count("data", "seed")])),
         ("splits", join([join([name, " ", n.count("data", "splits", name)]) for name in facts["splits"]], ", ")),
         ("index sha256", code(facts["manifest_sha256"])),
-        ("not tested", join([n.count("data", "untested"), f" classes have no {split} image"]) if facts["untested"] else None),
+        ("not tested", join([n.counted("data", "untested", noun="class"), f" without a {split} image"])
+         if facts["untested"] else None),
     ])  # fmt: skip
     own = [page.run(i) for i, run in enumerate(page.view.runs) if run["train_counts"] is not None]
     note = say("Trained on other counts of these classes, which their groups follow: ", listed(own), ".", quiet=True)

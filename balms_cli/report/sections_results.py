@@ -49,7 +49,8 @@ def _ece_rows(page: Parts) -> list[Safe]:
     n = page.numbers
     if not page.several:
         found = page.view.runs[0]["calibration"]["all"]
-        word = "scores too high on average" if found["confidence"] > found["accuracy"] else "scores too low on average"
+        side = found["confidence"] - found["accuracy"]
+        word = f"scores too {'high' if side > 0 else 'low'} on average" if side else "scores right on average"
         return [tag("p", n.percent("runs", 0, "calibration", "all", "ece"), tag("small", " %"), class_="big"),
                 tag("p", word, class_="note")]  # fmt: skip
     return [tag("div", page.run(i), tag("b", n.percent("runs", i, "calibration", "all", "ece")), class_="row")
@@ -60,7 +61,7 @@ def _never_rows(page: Parts) -> list[Safe]:
     n = page.numbers
     if not page.several:
         return [tag("p", n.count("runs", 0, "never_predicted"), class_="big"),
-                tag("p", "of ", n.count("data", "classes", "#"), " classes", class_="note")]  # fmt: skip
+                tag("p", "of ", n.counted("data", "classes", "#", noun="class"), class_="note")]  # fmt: skip
     return [tag("div", page.run(i), tag("b", n.count("runs", i, "never_predicted")), class_="row") for i in page.view.shown]
 
 

@@ -12,7 +12,7 @@ _SHEET = """
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0;background:var(--ground);color:var(--ink);font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",
  "Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums}
-header,main,footer{max-width:70rem;margin:0 auto;padding:0 clamp(1rem,4vw,2.5rem)}
+header,main,footer{--gutter:clamp(1rem,4vw,2.5rem);max-width:70rem;margin:0 auto;padding:0 var(--gutter)}
 header{padding-top:clamp(1.5rem,5vw,3.5rem)}
 h1,h2,h3,p,ul,ol,dl,figure{margin:0}
 h1{font-size:clamp(1.5rem,4.5vw,2.25rem);line-height:1.2;letter-spacing:-.015em;overflow-wrap:anywhere}
@@ -50,7 +50,7 @@ code{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono
 .tile .note{font-size:.8125rem;color:var(--muted)}
 .tile .row{display:grid;grid-template-columns:1fr auto;column-gap:.75rem;align-items:baseline;margin-top:.4rem;
  font-size:.9375rem}
-.tile .row bdi{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
+.tile .row bdi{white-space:nowrap;overflow:hidden;text-overflow:ellipsis;text-align:left}
 .tile .row b{font-size:1.1rem}
 .tile .row .interval{display:inline}
 .mini{display:block;width:100%;height:8px;margin-top:.4rem;overflow:visible}
@@ -79,7 +79,8 @@ svg.figure{display:block;width:100%;height:auto;overflow:visible}
 svg.figure text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Helvetica Neue",Arial,sans-serif;
  font-variant-numeric:tabular-nums}
 .side{padding-top:.2rem}
-.scroll{overflow-x:auto;margin-top:1rem;border:1px solid var(--line);border-radius:10px;background:var(--paper);min-width:0}
+.scroll{overflow-x:auto;container-type:inline-size;margin-top:1rem;
+ border:1px solid var(--line);border-radius:10px;background:var(--paper);min-width:0}
 .scroll.narrow tbody th bdi{max-width:10rem}
 .scroll.narrow th+th,.scroll.narrow td{padding-left:.4rem;padding-right:.4rem}
 .scroll.narrow td:last-child,.scroll.narrow th:last-child{padding-right:1rem}
@@ -87,7 +88,8 @@ svg.figure text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans
 .scroll.tall thead th{position:sticky;top:0;background:var(--paper);box-shadow:0 1px var(--line)}
 table{border-collapse:collapse;width:100%;font-size:.9375rem}
 caption{text-align:left;padding:.75rem 1rem .5rem;font-weight:600}
-caption div{position:sticky;left:1rem;width:max-content;max-width:min(100%,calc(100vw - 5rem))}
+caption div{position:sticky;left:1rem;width:max-content;max-width:min(100%,calc(100vw - 5rem));
+ max-width:calc(100cqw - 2rem)}
 caption small{display:block;font-weight:400;color:var(--muted);font-size:.8125rem}
 th,td{padding:.42rem .75rem;text-align:right;white-space:nowrap;vertical-align:baseline}
 th:first-child,td:first-child{text-align:left;padding-left:1rem}
@@ -115,7 +117,7 @@ td.text,th.text{text-align:left}
  min-width:0}
 .pair .names{display:grid;grid-template-columns:fit-content(50%) auto minmax(0,1fr);gap:.5rem;align-items:baseline;
  font-weight:600}
-.pair .names bdi{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.pair .names bdi{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;text-align:left}
 .pair .arrow{color:var(--muted);font-weight:400}
 .pair .note{font-size:.8125rem;color:var(--muted);margin-top:.1rem}
 .thumbs{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:.5rem;margin-top:.6rem;max-width:17rem}
@@ -136,7 +138,9 @@ footer p{border-top:1px solid var(--line);padding-top:1rem}
 @media (max-width:40rem){
  .facts{grid-template-columns:minmax(0,1fr);gap:0}.facts dd{margin-bottom:.5rem}
  figure{padding:.7rem .35rem .5rem}
- figure .title{padding:0 .4rem}
+ .figures>figure,.figures.lone>figure{margin:0 calc(-1*var(--gutter));max-width:none;border-width:1px 0;border-radius:0;
+  padding:.7rem 0 .5rem}
+ .figures>figure>.title{padding:0 var(--gutter)}
  th,td{padding-left:.5rem;padding-right:.5rem}
  thead th bdi,tbody th bdi{max-width:32vw}
 }
@@ -156,6 +160,7 @@ footer p{border-top:1px solid var(--line);padding-top:1rem}
  .figures.lone>figure{max-width:none}
  .pairs{grid-template-columns:repeat(3,minmax(0,1fr))}
  th,td{padding:.2rem .4rem}
+ .figures th bdi{max-width:7rem}
  .scroll.words td{white-space:normal}
  table{font-size:.88rem}
  caption div{position:static;width:auto;max-width:none}

@@ -6,6 +6,7 @@ dark mode recolours it, and matplotlib's style attributes become classes, so tha
 
 import io
 import json
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -19,9 +20,12 @@ from .palette import LIGHT
 WIDTH = 4.7  # inches: a figure's width in the page's column, and legible on a phone
 _DPI = 200
 _TITLE = 0.34  # inches: the room of a PNG's title
+# For letters that matplotlib's own font lacks, in a PNG: what Linux, macOS and Windows bring along.
+_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Hiragino Sans", "Arial Unicode MS", "Microsoft YaHei", "Yu Gothic",
+          "Malgun Gothic")  # fmt: skip
 _COLOUR = re.compile("#[0-9a-f]{6}")
 _SETTINGS = {
-    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5, "font.family": ["DejaVu Sans"],
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5,
     "axes.edgecolor": LIGHT["muted"], "axes.labelcolor": LIGHT["ink"], "axes.facecolor": "none", "axes.linewidth": 0.7,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlecolor": LIGHT["ink"],
@@ -39,12 +43,20 @@ def drawing(salt: str) -> Iterator[None]:
     """Matplotlib with our settings and no one else's; what it was set to comes back at the end. ``salt`` names the figure:
     equal for equal pages, and different for two figures of one page, whose element ids must differ."""
     import matplotlib
+    from matplotlib.font_manager import get_font_names
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that the PNG's font lacks: its page has the reader's own fonts
+        warnings.simplefilter("ignore")  # a glyph that the PNG's fonts lack: its page has the reader's own fonts
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS | {"svg.hashsalt": f"balms {salt}"})
-        yield
+        fonts = ["DejaVu Sans", *sorted(set(_FONTS) & set(get_font_names()), key=_FONTS.index)]
+        matplotlib.rcParams.update(_SETTINGS | {"font.family": fonts, "svg.hashsalt": f"balms {salt}"})
+        log = logging.getLogger("matplotlib.font_manager")  # it would tell on stderr of a font that has no bold letters
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def number(path: str, value: float) -> str:

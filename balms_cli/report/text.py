@@ -4,16 +4,15 @@ Names come from folders and manifests of anyone, so every cell is escaped.
 """
 
 import json
-import re
 from collections.abc import Iterable
 from typing import Any
 
-from ..data.aside import printable
 from ..metrics import GROUPS
+from . import card
+from .html import plural, points
 
 COLUMNS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced", "many": "many", "medium": "medium",
            "few": "few", "rarest3": "rarest 3"}  # fmt: skip
-_SPECIAL = re.compile(r"[\\`*_{}\[\]<>#|~&$]")
 _MOST_CLASSES = 60
 _LONGEST = 300  # characters of a cell
 
@@ -28,13 +27,17 @@ def markdown(document: dict[str, Any]) -> str:
 
 def escape(value: Any) -> str:
     """A value as text in which Markdown and HTML find nothing of theirs, on one line and not too long."""
-    text = printable(str(value))
-    return _SPECIAL.sub(r"\\\g<0>", text if len(text) <= _LONGEST else text[:_LONGEST] + "...")
+    text = str(value)
+    return card.markdown(text if len(text) <= _LONGEST else text[:_LONGEST] + "...")
 
 
-def percent(value: float | None, sign: str = "") -> str:
+def percent(value: float | None) -> str:
     """An accuracy in percent with one decimal, an en dash for an empty group."""
-    return "–" if value is None else f"{100 * value:{sign}.1f}"
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {plural(count, noun)}"
 
 
 def number(value: Any) -> str:
@@ -51,7 +54,8 @@ def _head(document: dict[str, Any]) -> str:
     data, prior = document["data"], document["target_prior"]
     lines = [
         f"# {escape(data['name'])}: {document['split']} split",
-        f"{document['images']:,} images of {len(data['classes']):,} classes, scored on {document['created'][:10]} "
+        f"{_counted(document['images'], 'image')} of {_counted(len(data['classes']), 'class')}, scored on "
+        f"{document['created'][:10]} "
         f"({escape(document['device'])}, balms {escape(document['versions'].get('balms'))}). Accuracies in percent.",
     ]
     if prior:
@@ -98,7 +102,8 @@ def _differences(document: dict[str, Any]) -> str:
         if one is None:
             return "–"
         mark = " \\*" if one["real"] else ""
-        return f"{percent(one['value'], '+')}{mark} ({percent(one['low'], '+')} to {percent(one['high'], '+')})"
+        value, low, high = (points(one[key], sign=True) for key in ("value", "low", "high"))
+        return f"{value}{mark} ({low} to {high})"
 
     rows = [[escape(one["run"]), *(cell(one["metrics"][m]) for m in COLUMNS)] for one in found]
     text = f"Points more than {escape(found[0]['against'])} on the same images, and 95 % interval; \\*: it leaves out 0."
@@ -122,11 +127,11 @@ def _data(document: dict[str, Any]) -> str:
     counts = data["train_counts"]
     facts = [
         f"- source {escape(data['source'])}, profile {escape(data['profile'])}, seed {data['seed']}",
-        f"- {data['train_images']:,} training images, {max(counts):,} to {min(counts):,} a class: imbalance factor "
-        f"{data['imbalance_factor']:g}, Gini {number(data['gini'])}, {percent(data['head_share'])} % in the largest tenth "
-        "of the classes",
+        f"- {_counted(data['train_images'], 'training image')}, {max(counts):,} to {min(counts):,} a class: imbalance factor "
+        f"{data['imbalance_factor']:g}, Gini {number(data['gini'])}, {percent(data['head_share'])} % in the largest "
+        f"{'tenth of the classes' if len(counts) > 10 else 'class'}",
         f"- splits: {', '.join(f'{name} {count:,}' for name, count in data['splits'].items())}"
-        + (f"; {data['untested']:,} classes without an image in this one" if data["untested"] else ""),
+        + (f"; {_counted(data['untested'], 'class')} without an image in this one" if data["untested"] else ""),
         f"- sha256 of the index: {escape(data['manifest_sha256'])}",
     ]
     return "\n\n".join(["## Data", "\n".join(facts), table(["group", "classes", "training images", "test images"], rows)])

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .html import Numbers, Safe, join, named, tag
-from .view import GROUP_WORDS, View
+from .view import View
 
 FLAT = (0.8, 1.25)  # how far the rarest group's part of p(y) may be from the most frequent group's and still count as level
 SMALL = 0.05  # a gap between groups, as a fraction, that is not worth much trouble
 _NAME = 40  # characters of a name within a sentence
+_CHANCE = "; the difference could be chance."
 
 
 @dataclass
@@ -33,11 +34,13 @@ def gap_is_real(view: View, run: int) -> bool | None:
     The two groups share no image, so the interval of their difference follows from theirs (Donner and Zou, 2012).
     """
     ends = view.ends(run)
-    if ends is None:
-        return None
-    head, tail = (view.runs[run]["metrics"][group] for group in ends)
-    spread = ((head["value"] - head["low"]) ** 2 + (tail["high"] - tail["value"]) ** 2) ** 0.5
-    return head["value"] - tail["value"] > spread
+    return None if ends is None else _lies_below(view, run, ends[1], ends[0])
+
+
+def _lies_below(view: View, run: int, group: str, other: str) -> bool:
+    low, high = (view.runs[run]["metrics"][name] for name in (group, other))
+    spread = ((high["value"] - high["low"]) ** 2 + (low["high"] - low["value"]) ** 2) ** 0.5
+    return high["value"] - low["value"] > spread
 
 
 def _gap(view: View, run: int) -> float | None:
@@ -69,18 +72,17 @@ def gap_sentence(view: View, numbers: Numbers, run: int, name: bool = False) -> 
     head, tail = ends
     a, b = ("runs", run, "metrics", head, "value"), ("runs", run, "metrics", tail, "value")
     size = tag("strong", numbers.gap(a, b), " points")
-    figures = [numbers.percent(*b), " % against ", numbers.percent(*a), " %."]
     gap = _gap(view, run)
-    if gap_is_real(view, run) and gap >= SMALL and not name:
+    real = gap_is_real(view, run) or _lies_below(view, run, head, tail)
+    if real and gap >= SMALL and not name:
         return join(["The long tail costs ", size, f": {tail}-shot classes are recognised in ", numbers.percent(*b),
                      f" % of cases, {head}-shot ones in ", numbers.percent(*a), " %."])  # fmt: skip
-    if gap_is_real(view, run):
-        only = "only " if gap < SMALL else ""
-        return _start(whose, f"{tail}-shot classes lie {only}", size, f" below {head}-shot ones: ", *figures)
-    if gap < -SMALL:
-        return _start(whose, f"{tail}-shot classes lie ", size, f" above {head}-shot ones: ", *figures)
+    if real or abs(gap) >= SMALL:
+        only = "only " if abs(gap) < SMALL else ""
+        return _start(whose, f"{tail}-shot classes lie {only}", size, f" {'below' if gap > 0 else 'above'} {head}-shot ones, ",
+                      numbers.percent(*b), " % against ", numbers.percent(*a), " %", "." if real else _CHANCE)  # fmt: skip
     return _start(whose, f"{tail}-shot and {head}-shot classes do about equally well, ", numbers.percent(*b), " % and ",
-                  numbers.percent(*a), " %; the difference could be chance.")  # fmt: skip
+                  numbers.percent(*a), " %", _CHANCE)  # fmt: skip
 
 
 def _start(whose: Safe | None, first: str, *rest: Any) -> Safe:
@@ -154,7 +156,10 @@ def advise(view: View, numbers: Numbers, run: int) -> list[tuple[Safe, str | Non
         names = join([named(view.document["data"]["classes"][c], 24) for c in worst], ", ")
         return [(join(["The scores are level, so what is left of the gap is what few images cannot teach. More images help "
                        "most for the classes that do worst: ", names, "."]), None), *_better_backbone(view, one)]  # fmt: skip
-    return [(Safe("For the tail there is nothing to mend: the scores are level and the groups do about equally well."), None)]
+    if gap >= SMALL:
+        return [(Safe("The scores are level, and what is left of the gap could be chance: more test images would tell."), None)]
+    groups = "the groups do about equally well" if gap > -SMALL else "the rare classes do no worse than the frequent ones"
+    return [(Safe(f"For the tail there is nothing to mend: the scores are level and {groups}."), None)]
 
 
 def _typed(path: str) -> str:
@@ -208,7 +213,7 @@ def _several(view: View, numbers: Numbers) -> Verdict:
     else:
         headline = _best_sentence(view, numbers, best, found, name, first)
     verdict = Verdict(headline)
-    verdict.points = [p for p in (_costs(view, numbers, best, found) if found else None,
+    verdict.points = [p for p in (*(_costs(view, numbers, best, found) if found else ()),
                                   gap_sentence(view, numbers, 0, name=True),
                                   gap_sentence(view, numbers, best, name=True) if best else None,
                                   scores_sentence(view, numbers, 0, name=True),
@@ -235,28 +240,37 @@ def _points_with_interval(view: View, numbers: Numbers, found: dict[str, Any], m
 
 
 def _best_sentence(view: View, numbers: Numbers, best: int, found: dict[str, Any], name: Safe, first: Safe) -> Safe:
-    ends = view.ends(best)
-    tail = ends[1] if ends and found["metrics"].get(ends[1]) else None
-    overall = _points_with_interval(view, numbers, found, "balanced_accuracy")
+    overall, tail = _points_with_interval(view, numbers, found, "balanced_accuracy"), _tail_gained(view, best, found)
     if not _real(found, "balanced_accuracy"):
         return join([name, " leads ", first, " by ", overall, " over all classes, which could be chance: it may be 0."])
-    if tail and _real(found, tail) and found["metrics"][tail]["value"] > 0:
+    if tail:
         return join([name, f" recognises {tail}-shot classes better than ", first, " by ",
                      _points_with_interval(view, numbers, found, tail), ", and all classes by ", overall,
                      ". Both differences are real."])  # fmt: skip
     return join([name, " is better than ", first, " by ", overall, " over all classes. The difference is real."])
 
 
-def _costs(view: View, numbers: Numbers, best: int, found: dict[str, Any]) -> Safe | None:
+def _tail_gained(view: View, best: int, found: dict[str, Any]) -> str | None:
+    """The rarest group, where the best run is really better on it."""
     ends = view.ends(best)
-    if ends is None or found["metrics"][ends[0]] is None:
-        return None
-    group, bounds = GROUP_WORDS[ends[0]], found["metrics"][ends[0]]
-    if not bounds["real"]:
-        return join([f"On {group} classes no difference can be told: ",
-                     numbers.signed(*_place(view, found, ends[0]), "value"), " points, interval ",
-                     numbers.signed(*_place(view, found, ends[0]), "low"), " to ",
-                     numbers.signed(*_place(view, found, ends[0]), "high"), "."])  # fmt: skip
-    verb = "It costs " if bounds["value"] < 0 else "It also gains "
-    return join([verb, _points_with_interval(view, numbers, found, ends[0]), f" on {group} classes."])
+    return ends[1] if ends and _real(found, ends[1]) and found["metrics"][ends[1]]["value"] > 0 else None
 
+
+def _costs(view: View, numbers: Numbers, best: int, found: dict[str, Any]) -> list[Safe]:
+    """What the best run gains or loses on the most frequent group; on the rarest too, where the headline does not say it."""
+    ends = view.ends(best)
+    if ends is None:
+        return []
+    told = _real(found, "balanced_accuracy") and _tail_gained(view, best, found)
+    groups = [ends[0], *([ends[1]] if _real(found, ends[1]) and not told else [])]
+    return [_cost(view, numbers, found, group) for group in groups if found["metrics"][group] is not None]
+
+
+def _cost(view: View, numbers: Numbers, found: dict[str, Any], group: str) -> Safe:
+    bounds, path = found["metrics"][group], _place(view, found, group)
+    if not bounds["real"]:
+        return join([f"On {group}-shot classes no difference can be told: ", numbers.signed(*path, "value"),
+                     " points, interval ", numbers.signed(*path, "low"), " to ", numbers.signed(*path, "high"),
+                     "."])  # fmt: skip
+    verb = "It costs " if bounds["value"] < 0 else "It also gains "
+    return join([verb, _points_with_interval(view, numbers, found, group), f" on {group}-shot classes."])

@@ -4,7 +4,7 @@ from functools import cached_property
 from typing import Any
 
 from ..metrics import GROUPS
-from .html import shorten
+from .html import isolated, shorten
 from .palette import RUNS
 
 GROUP_WORDS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "all classes", "many": "many-shot",
@@ -93,4 +93,6 @@ class View:
         return name if len(self.runs) == 1 else f"{name}-{run + 1}"
 
     def titled(self, title: str, run: int) -> str:
-        return title if len(self.runs) == 1 else f"{shorten(self.runs[run]['name'], 28)}: {title[0].lower()}{title[1:]}"
+        if len(self.runs) == 1:
+            return title
+        return f"{isolated(shorten(self.runs[run]['name'], 28))}: {title[0].lower()}{title[1:]}"

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .text import markdown
 
 PAGE, DOCUMENT, TEXT, LISTING = "index.html", "report.json", "report.md", ".balms-report"
 _MAX_LISTING = 1_000_000  # bytes
+_FORMULA = re.compile(r"[=@＝＋－＠]|[+-](?![\d.]+$)")
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
@@ -41,6 +43,8 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         foreign = _foreign(folder)
     except OSError as error:
         raise write_error(error, folder) from None
+    except RuntimeError:  # of Python up to 3.12, for a link that leads back to itself
+        raise ConfigError(f"--report {folder} is a link that leads nowhere; choose another folder") from None
     if foreign:
         what = ", ".join(printable(name) for name in foreign[:3])
         raise ConfigError(f"--report {folder} holds other files too, such as {what}: it is left alone; choose another folder")
@@ -52,13 +56,18 @@ def _foreign(folder: Path) -> list[str]:
     if listing.is_file() and listing.stat().st_size <= _MAX_LISTING:
         ours |= set(listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
     found: list[str] = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_refuse):
         links = [name for name in folders if (Path(place) / name).is_symlink()]
         names = sorted((Path(place) / name).relative_to(folder).as_posix() for name in [*files, *links])
         found += [name for name in names if name not in ours]
         if len(found) >= 3:
             break  # enough to refuse: a whole disk need not be walked
     return found
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be looked into may hold anything."""
+    raise error
 
 
 def write_report(document: dict[str, Any], scored: list[Scored], folder: Path, reporter: Reporter, *,
@@ -92,7 +101,10 @@ def _compact(value: Any) -> str:
 
 
 def csv_files(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and content of each table. Fractions from 0 to 1; an empty cell where there is nothing to measure."""
+    """Name and content of each table. Fractions from 0 to 1; an empty cell where there is nothing to measure.
+
+    A name that a spreadsheet would run as a formula has an apostrophe before it; ``report.json`` has it as it is.
+    """
     for name, rows in (
         ("runs.csv", _runs(document)), ("classes.csv", _classes(document)), ("pairs.csv", _pairs(document)),
         ("groups.csv", _groups(document)), ("calibration.csv", _calibration(document)), ("curves.csv", _curves(document)),
@@ -106,9 +118,13 @@ def csv_files(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if not count:
                 writer.writerow(first)
             count += 1
-            writer.writerow(row)
+            writer.writerow([_inert(cell) for cell in row])
         if count:  # a single run has no differences: no file rather than an empty one
             yield name, stream.getvalue()
+
+
+def _inert(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
 def _runs(document: dict[str, Any]) -> Iterator[list[Any]]:

@@ -3,29 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+from ..report.html import plural, points
 from ..report.scored import Scored
+from ..report.text import COLUMNS, percent
 from ..reporter import Reporter
 
 _SHOWN = 30
-_COLUMNS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced", "many": "many", "medium": "medium",
-            "few": "few", "rarest3": "rarest 3"}  # fmt: skip
-_HEADINGS = list(_COLUMNS.values())
-
-
-def percent(value: float | None) -> str:
-    """How an accuracy is shown: percent with one decimal, an en dash for an empty group."""
-    return "–" if value is None else f"{100 * value:.1f}"
+_HEADINGS = list(COLUMNS.values())
 
 
 def show(scored: list[Scored], names: list[str], reporter: Reporter) -> None:
     """One table over the runs, by their short ``names``, an interval under each figure; for a single run, its classes too."""
     results = [one.result for one in scored]
     first = results[0]
-    title = f"{scored[0].manifest.name}, {first['split']} split, {first['images']} images, accuracy %"
+    images = f"{first['images']:,} {plural(first['images'], 'image')}"
+    title = f"{scored[0].manifest.name}, {first['split']} split, {images}, accuracy %"
     if "target_prior" in first:
         title += f", re-scored for the {first['target_prior']} prior (tau {first['posthoc_tau']:g})"
     title += ", and below it its 95 % interval"
-    rows = [[name, *(with_interval(r[m], r["intervals"][m]) for m in _COLUMNS), percent(r["ece"])]
+    rows = [[name, *(with_interval(r[m], r["intervals"][m]) for m in COLUMNS), percent(r["ece"])]
             for name, r in zip(names, results, strict=True)]  # fmt: skip
     reporter.table(title, ["run", *_HEADINGS, "ECE"], rows)
     if len(results) == 1:
@@ -50,9 +46,10 @@ def show_differences(differences: list[dict[str, Any]], left_out: list[str], rep
             if found is None:
                 return "–"
             mark = " *" if found["real"] else ""
-            return f"{100 * found['value']:+.1f}{mark}\n{100 * found['low']:+.1f} to {100 * found['high']:+.1f}"
+            value, low, high = (points(found[key], sign=True) for key in ("value", "low", "high"))
+            return f"{value}{mark}\n{low} to {high}"
 
-        rows = [[one["run"], *(cell(one["metrics"][m]) for m in _COLUMNS)] for one in differences]
+        rows = [[one["run"], *(cell(one["metrics"][m]) for m in COLUMNS)] for one in differences]
         title = f"points more than {differences[0]['against']} on the same images, and 95 % interval (*: without 0)"
         reporter.table(title, ["run", *_HEADINGS], rows)
     if left_out:
@@ -67,7 +64,7 @@ def show_seeds(groups: list[dict[str, Any]], reporter: Reporter) -> None:
     def cell(found: dict[str, Any] | None) -> str:
         return "–" if found is None else f"{percent(found['mean'])}\n±{percent(found['error'])}"
 
-    rows = [[f"{one['label']}\n{len(one['runs'])} runs: {one['varied']}", *(cell(one["metrics"][m]) for m in _COLUMNS)]
+    rows = [[f"{one['label']}\n{len(one['runs'])} runs: {one['varied']}", *(cell(one["metrics"][m]) for m in COLUMNS)]
             for one in groups]  # fmt: skip
     reporter.table("mean ± standard error over runs that differ in seeds alone", ["method", *_HEADINGS], rows)
 

@@ -182,7 +182,7 @@ def _temperature(config: PredictConfig, file: Path, model: Classifier, header: H
 
 
 def _kept(place: Path, key: dict[str, str]) -> Temperature | None:
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         if place.stat().st_size <= _MAX_BYTES:
             document = json.loads(place.read_text(encoding="utf-8"))
             value, images = float(document["temperature"]), int(document["images"])

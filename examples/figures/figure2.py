@@ -115,12 +115,16 @@ def draw(result: dict[str, Any], title: str):
 
 def caption(found: dict[str, Any]) -> str:
     own, outline = found["own_class_neighbours"], found["silhouette"]
-    return (f"own-class neighbours {100 * own['all']:.0f} %, {RAREST} rarest {100 * own['rarest']:.0f} %\n"
+    return (f"own-class neighbours {percent(own['all'])}, {RAREST} rarest {percent(own['rarest'])}\n"
             f"silhouette {signed(outline['all'])}, {RAREST} rarest {signed(outline['rarest'])}")  # fmt: skip
 
 
-def signed(value: float) -> str:
-    return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+def percent(value: float | None) -> str:
+    return "none" if value is None else f"{100 * value:.0f} %"
+
+
+def signed(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def draw_legend(figure, result: dict[str, Any], order: list[int], styles: list[tuple[str, str, bool]]) -> None:

@@ -149,10 +149,20 @@ def write(figure, data: dict[str, Any], name: str, out: Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
     pyplot.close(figure)
+    picture = with_palette(buffer)
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in data.items())
     replace_file(out / f"{name}.json", "{\n" + lines + "\n}\n")
-    replace_file(out / f"{name}.png", buffer.getvalue())
+    replace_file(out / f"{name}.png", picture)
     return out / f"{name}.png"
+
+
+def with_palette(picture: io.BytesIO) -> bytes:
+    """A PNG with 256 colours of its own: a third of the size, and no difference that the eye would see."""
+    from PIL import Image
+
+    smaller = io.BytesIO()
+    Image.open(picture).convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE).save(smaller, "PNG", optimize=True)
+    return smaller.getvalue()
 
 
 def start(main: Callable) -> None:
