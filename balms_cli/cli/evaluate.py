@@ -9,6 +9,7 @@ from . import options as o
 from .inspect import evaluate
 
 
+@o.having(o.CONFIG, o.MACHINE, o.WORKSPACE, o.TELLING)
 def command(
     ctx: Context,
     runs: Annotated[list[str] | None, Argument(metavar="RUN...", help="Runs to score side by side, - for stdin "
@@ -25,16 +26,7 @@ def command(
     bound: Annotated[bool | None, Option("--bound", help="Margins and terms of the generalisation bound, on training "
                                          "images.")] = None,
     batch_size: o.BatchSize = None,
-    config: o.ConfigFile = None,
-    sets: o.Sets = None,
-    print_config: o.PrintConfig = False,
-    device: o.Device = None,
-    precision: o.Precision = None,
-    workers: o.Workers = None,
-    workspace: o.Workspace = Path("balms-runs"),
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    **options,
 ) -> None:  # fmt: skip
     """Score checkpoints on the test split: overall, many/medium/few-shot, class by class."""
     evaluate(ctx.params)

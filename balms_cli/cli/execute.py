@@ -62,7 +62,7 @@ def in_world(stage: Callable[[Params, Any], None], params: Params) -> None:
     from ..engine.distributed import join
     from ..errors import ConfigError
 
-    if "-" in (params.get("data"), params.get("run"), *(params.get("runs") or [])):
+    if "-" in (params.get("data"), params.get("run"), params.get("source"), *(params.get("runs") or [])):
         raise ConfigError("processes of torchrun have no stdin to read: give the path instead of -")
     with join(params.get("device") or "auto") as world:
         if world.main:

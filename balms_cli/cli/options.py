@@ -1,8 +1,10 @@
 """Options that several subcommands share, each said once. ``None`` means: not given, so preset, file or default decide."""
 
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -73,6 +75,9 @@ Precision = Annotated[str | None, Option(help="auto, fp32 or bf16.", autocomplet
                                          rich_help_panel=_RUN)]  # fmt: skip
 Workers = Annotated[int | None, Option(min=0, help="Decoder threads (default: one a processor, 8 at most).",
                                        rich_help_panel=_RUN)]  # fmt: skip
+Compile = Annotated[str | None, Option(help="torch.compile the network: auto (in long runs), off, on, or cuda-graphs (GPU).",
+                                       autocompletion=complete("auto", "off", "on", "cuda-graphs"),
+                                       rich_help_panel=_RUN)]  # fmt: skip
 Offline = Annotated[bool | None, Option("--offline", help="Never download (also BALMS_OFFLINE=1).", rich_help_panel=_RUN)]
 Resume = Annotated[Path | None, Option(metavar="RUN", help="Go on with an interrupted run; takes no other training option.",
                                        rich_help_panel=_RUN)]  # fmt: skip
@@ -100,3 +105,29 @@ TargetPrior = Annotated[str | None, Option(metavar="PRIOR", help="Scores for ano
                                            "or a JSON file {class: share}.")]  # fmt: skip
 PosthocTau = Annotated[float | None, Option(help="Post-hoc logit adjustment: its strength (default 1; the target is uniform "
                                             "unless --target-prior says otherwise).")]  # fmt: skip
+
+# Options that go together in several commands: name -> (kind, default).
+Group = dict[str, tuple[Any, Any]]
+TRAINING: Group = {"batch_size": (BatchSize, None), "lr": (Lr, None), "seed": (Seed, None)}
+CONFIG: Group = {"config": (ConfigFile, None), "sets": (Sets, None), "print_config": (PrintConfig, False)}
+MACHINE: Group = {"device": (Device, None), "precision": (Precision, None), "workers": (Workers, None)}
+WORKSPACE: Group = {"workspace": (Workspace, Path("balms-runs"))}
+RUN: Group = {"resume": (Resume, None), **WORKSPACE, "out": (Out, None), "overwrite": (Overwrite, False),
+              "tensorboard": (Tensorboard, None), "dry_run": (DryRun, False)}  # fmt: skip
+TELLING: Group = {"json": (Json, False), "quiet": (Quiet, False), "debug": (Debug, False)}
+
+
+def having(*groups: Group) -> Callable[[Callable], Callable]:
+    """A command that has the options of ``groups`` too, in place of its ``**options``.
+
+    Typer reads the signature, so they stand there; a command takes all its values from ``ctx.params``.
+    """
+
+    def with_options(command: Callable) -> Callable:
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        added = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
+                 for group in groups for name, (kind, default) in group.items()]  # fmt: skip
+        command.__signature__ = inspect.Signature([*own, *added])
+        return command
+
+    return with_options

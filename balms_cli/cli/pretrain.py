@@ -1,6 +1,5 @@
 """``balms pretrain``."""
 
-from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Context, Option
@@ -9,6 +8,7 @@ from . import options as o
 from .execute import print_backbones, train_stage
 
 
+@o.having(o.TRAINING, o.CONFIG, o.MACHINE, o.RUN, o.TELLING)
 def command(
     ctx: Context,
     data: Annotated[str | None, Argument(metavar="DATA", help="A manifest, - for stdin (default: the newest).")] = None,
@@ -31,29 +31,10 @@ def command(
     preset: o.Preset = None,
     steps: o.Steps = None,
     epochs: o.Epochs = None,
-    batch_size: o.BatchSize = None,
-    lr: o.Lr = None,
-    seed: o.Seed = None,
-    config: o.ConfigFile = None,
-    sets: o.Sets = None,
-    print_config: o.PrintConfig = False,
-    device: o.Device = None,
-    precision: o.Precision = None,
-    workers: o.Workers = None,
-    compile: Annotated[str | None, Option(help="torch.compile the network: auto (in long runs), off, on, or cuda-graphs (GPU).",
-                                          autocompletion=o.complete("auto", "off", "on", "cuda-graphs"),
-                                          rich_help_panel="Run")] = None,
+    compile: o.Compile = None,
     offline: o.Offline = None,
-    resume: o.Resume = None,
-    workspace: o.Workspace = Path("balms-runs"),
-    out: o.Out = None,
-    overwrite: o.Overwrite = False,
-    tensorboard: o.Tensorboard = None,
-    dry_run: o.DryRun = False,
     profile: o.Profile = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    **options,
 ) -> None:
     """Stage 1: train the backbone (by default with softmax on instance-balanced batches)."""
     if list_backbones:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import BalmsError, ConfigError, DataError
 
@@ -132,6 +133,8 @@ def name_some(items: list[str], limit: int = 5) -> str:
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
 
 
+# What a spreadsheet takes for a formula; a plain number with a sign is none.
+_FORMULA = re.compile(r"[=@＝＋－＠]|[+-](?![\d.]+$)")
 # Control characters, line separators, and bytes of a file name that are not UTF-8 (Python's lone surrogates).
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -144,3 +147,8 @@ def is_plain(name: str) -> bool:
 def printable(name: str) -> str:
     """A name on one line of a terminal: what :func:`is_plain` minds is escaped."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), name)
+
+
+def inert(cell: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet takes for a formula: an apostrophe stands before what could be one."""
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell

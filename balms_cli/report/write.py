@@ -9,12 +9,11 @@ import csv
 import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data.aside import folder_aside, printable, write_error
+from ..data.aside import folder_aside, inert, printable, write_error
 from ..engine.run_dir import check_place
 from ..errors import ConfigError
 from ..metrics import GROUPS, SCALARS
@@ -24,7 +23,6 @@ from .text import markdown
 
 PAGE, DOCUMENT, TEXT, LISTING = "index.html", "report.json", "report.md", ".balms-report"
 _MAX_LISTING = 1_000_000  # bytes
-_FORMULA = re.compile(r"[=@＝＋－＠]|[+-](?![\d.]+$)")
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
@@ -118,13 +116,9 @@ def csv_files(document: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if not count:
                 writer.writerow(first)
             count += 1
-            writer.writerow([_inert(cell) for cell in row])
+            writer.writerow([inert(cell) for cell in row])
         if count:  # a single run has no differences: no file rather than an empty one
             yield name, stream.getvalue()
-
-
-def _inert(cell: Any) -> Any:
-    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
 def _runs(document: dict[str, Any]) -> Iterator[list[Any]]:

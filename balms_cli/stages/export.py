@@ -194,11 +194,14 @@ def _compare(config: ExportConfig, header: Header, model: Classifier, shift_C: T
     if not ours_NC.isfinite().all():
         raise CheckpointError("the run's own answers are not finite numbers; its weights are damaged, repeat the run")
     logit_NC, probability_NC = (theirs_NC - ours_NC).abs(), (given_NC - ours_NC.softmax(1)).abs()
-    worst_N = torch.maximum(logit_NC.amax(1) / ours_NC.abs().amax(1).clamp_min(1), probability_NC.amax(1))
+    logits_N = logit_NC.amax(1) / ours_NC.abs().amax(1).clamp_min(1)
+    worst_N = torch.maximum(logits_N, probability_NC.amax(1))
     image = int(worst_N.nan_to_num(torch.inf).argmax())
     place = {"image": sample.names[image], "class": header.classes[int(logit_NC[image].nan_to_num(torch.inf).argmax())]}
     if not float(worst_N[image]) <= config.tolerance:
-        raise GateError(f"the exported model's logits differ by {float(logit_NC[image].max()):.2e} from the run's at "
+        alike = float(logits_N[image]) <= config.tolerance
+        what, off_NC = ("probabilities", probability_NC) if alike else ("logits", logit_NC)
+        raise GateError(f"the exported model's {what} differ by {float(off_NC[image].max()):.2e} from the run's at "
                         f"{printable(place['image'])}, class {printable(place['class'])}: over --tolerance "
                         f"{config.tolerance:g}, so nothing is written")  # fmt: skip
     same = float((ours_NC.argmax(1) == theirs_NC.argmax(1)).double().mean())

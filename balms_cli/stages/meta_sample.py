@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from ..config import MetaSampleConfig, Resolved
-from ..data.aside import replace_file
+from ..data.aside import inert, replace_file
 from ..data.manifest import Manifest
 from ..engine.distributed import ALONE, World
 from ..engine.header import sha256_of
@@ -44,7 +44,7 @@ def run(resolved: Resolved[MetaSampleConfig], parent_file: Path, manifest: Manif
     writer = csv.writer(table)
     writer.writerow(["class", "train_count", "rate"])
     order = sorted(range(len(manifest.classes)), key=lambda c: -manifest.class_counts[c])
-    writer.writerows([manifest.classes[c], manifest.class_counts[c], f"{fit.rates[c]:.6f}"] for c in order)
+    writer.writerows([inert(manifest.classes[c]), manifest.class_counts[c], f"{fit.rates[c]:.6f}"] for c in order)
     replace_file(folder / "rates.csv", table.getvalue())
     rates_chart({config.loss: document}, folder / "rates.png")
     show_rates(fit.rates, manifest, "sample rates", reporter)

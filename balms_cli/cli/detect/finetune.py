@@ -15,6 +15,7 @@ STAGE = "detect-finetune"
 _KANG = "Kang et al. 2020: LWS"
 
 
+@o.having(o.TRAINING, o.CONFIG, o.MACHINE, o.RUN, o.TELLING)
 def command(
     ctx: Context,
     run: Annotated[str | None, Argument(metavar="[RUN]", help="A detector: its run's folder or model.safetensors, - for stdin "
@@ -41,24 +42,7 @@ def command(
     repeat_threshold: c.RepeatThreshold = None,
     preset: c.Preset = None,
     steps: o.Steps = None,
-    batch_size: o.BatchSize = None,
-    lr: o.Lr = None,
-    seed: o.Seed = None,
-    config: o.ConfigFile = None,
-    sets: o.Sets = None,
-    print_config: o.PrintConfig = False,
-    device: o.Device = None,
-    precision: o.Precision = None,
-    workers: o.Workers = None,
-    resume: o.Resume = None,
-    workspace: o.Workspace = Path("balms-runs"),
-    out: o.Out = None,
-    overwrite: o.Overwrite = False,
-    tensorboard: o.Tensorboard = None,
-    dry_run: o.DryRun = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    **options,
 ) -> None:  # fmt: skip
     """Tune the box classifier alone, for rare categories (default: balanced softmax or sigmoid). All else stays as it was."""
     in_world(_finetune, ctx.params)

@@ -1,6 +1,5 @@
 """``balms detect train``."""
 
-from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Context, Option
@@ -11,6 +10,7 @@ from ..execute import Params, in_world, resolve_params, restarted
 from . import common as c
 
 
+@o.having(o.TRAINING, o.CONFIG, o.MACHINE, o.RUN, o.TELLING)
 def command(
     ctx: Context,
     data: Annotated[str | None, Argument(metavar="DATA", help="An LVIS- or COCO-format JSON, or a folder with one that has "
@@ -30,25 +30,8 @@ def command(
     repeat_threshold: c.RepeatThreshold = None,
     preset: c.Preset = None,
     steps: o.Steps = None,
-    batch_size: o.BatchSize = None,
-    lr: o.Lr = None,
-    seed: o.Seed = None,
-    config: o.ConfigFile = None,
-    sets: o.Sets = None,
-    print_config: o.PrintConfig = False,
-    device: o.Device = None,
-    precision: o.Precision = None,
-    workers: o.Workers = None,
     offline: o.Offline = None,
-    resume: o.Resume = None,
-    workspace: o.Workspace = Path("balms-runs"),
-    out: o.Out = None,
-    overwrite: o.Overwrite = False,
-    tensorboard: o.Tensorboard = None,
-    dry_run: o.DryRun = False,
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    **options,
 ) -> None:  # fmt: skip
     """Train a whole detector: Mask R-CNN on a feature pyramid, images drawn by repeat factors."""
     in_world(_train, ctx.params)
