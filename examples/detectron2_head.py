@@ -36,7 +36,7 @@ def class_priors(annotations: str | Path) -> list[float]:
     categories share an image, so the shares do not sum to one. Kept within [1/2N, 1 - 1/2N], N the images with annotations.
     LVIS files also bring the numerator along, as each category's ``image_count``.
     """
-    document = json.loads(Path(annotations).read_text())
+    document = json.loads(Path(annotations).read_text(encoding="utf-8"))
     pairs = {(a["image_id"], a["category_id"]) for a in document["annotations"] if not a.get("iscrowd")}
     images = len({image for image, _ in pairs})
     counts = dict.fromkeys(sorted(c["id"] for c in document["categories"]), 0)

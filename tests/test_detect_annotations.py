@@ -19,7 +19,7 @@ from balms_cli.detection.annotations import (
     load_annotations,
     tell_left_out,
 )
-from balms_cli.detection.outlines import clip_polygon, compressed, runs_of
+from balms_cli.detection.outlines import clip_polygon, compressed, extents_of, runs_of
 from balms_cli.errors import DataError
 from balms_cli.reporter import Reporter
 
@@ -183,6 +183,15 @@ def test_what_cannot_be_trained_on_is_left_out_counted_and_told(tmp_path):
                            "without area in their image (8), categories without an image (1)"]  # fmt: skip
 
 
+def test_one_polygon_without_a_list_around_it_and_a_small_one_far_out_are_read(tmp_path):
+    tiny = [90000.3, 90000.7, 90000.301, 90000.7, 90000.301, 90000.701]
+    image = {"id": 7, "file_name": "a.jpg", "width": 100_000, "height": 100_000}
+    content = document(images=[image], annotations=[annotation(1, segmentation=SQUARE), annotation(2, segmentation=[tiny])])
+    found = load_annotations(write(tmp_path, content))
+    assert [i.segmentation for i in found.images[0].instances] == [[SQUARE], [tiny]]
+    assert extents_of([(array("d", tiny),)])[0][4] == pytest.approx(1e-6, rel=1e-3)  # twice the area
+
+
 def test_a_bad_polygon_does_not_spoil_the_one_before_it(tmp_path):
     infinite = [float("inf"), 1, 5, 1, 5, 5]
     content = document(annotations=[annotation(1), annotation(2, segmentation=[infinite]), annotation(3)])
@@ -201,13 +210,14 @@ def test_boxes_alone_need_no_segmentation(tmp_path):
 
 def test_boxes_are_cut_at_the_image_and_polygons_far_out_are_cut_around_it(tmp_path):
     far = [-1e6, -1e6, 1e6, -1e6, 1e6, 1e6, -1e6, 1e6]
+    wide = [-5, 70, 5000, 70, 195, 90]
     content = document(annotations=[annotation(1, bbox=[-5, -5, 20, 1000], segmentation=[far]),
-                                    annotation(2, bbox=[-5, 70, 200, 20], segmentation=[[-5, 70, 5000, 70, 195, 90]])])
+                                    annotation(2, bbox=[-5, 70, 200, 20], segmentation=[wide])])  # fmt: skip
     one, two = load_annotations(write(tmp_path, content)).images[0].instances
     assert one.box == (0, 0, 15, 80) and two.box == (0, 70, 100, 80)
     xs, ys = one.segmentation[0][::2], one.segmentation[0][1::2]
     assert (min(xs), max(xs), min(ys), max(ys)) == (-100, 200, -80, 160)
-    assert two.segmentation == [[-5, 70, 5000, 70, 195, 90]]  # the rasteriser's to cut
+    assert two.segmentation == [wide]  # the rasteriser's to cut
 
 
 def test_a_clipped_polygon_covers_the_same_points():
@@ -248,6 +258,8 @@ def test_run_length_masks_are_read_like_pycocotools_and_hostile_ones_never_reach
     for counts in ("", "0", "é", "oooooooooooooo", "0" * 20, "~~~", "P" * 9, b"0", None, [25.0], [True] * 25, [10**400], [],
                    [10, 10], [-5, 30]):  # fmt: skip
         assert compressed({"size": [5, 5], "counts": counts}, 5, 5) is None
+    for counts in ([0, 2**33], [2**33], "0"):  # more pixels than pycocotools can count
+        assert compressed({"size": [2**16, 2**17], "counts": counts}, 2**16, 2**17) is None
     for rle in (None, [], {"counts": [25]}, {"size": 5, "counts": [25]}, {"size": [5, 5]}):
         assert compressed(rle, 5, 5) is None
 
@@ -340,6 +352,16 @@ def test_the_file_of_a_split_is_found(tmp_path):
         find_annotations(tmp_path, "train")
 
 
+def test_a_file_that_does_not_fit_into_memory_is_told_before_it_is_read(tmp_path, monkeypatch):
+    file = write(tmp_path, document())
+    size = file.stat().st_size
+    monkeypatch.setattr("balms_cli.detection.lvis_json.available_memory", lambda: 4 * size)
+    assert load_annotations(file).num_images == 2
+    monkeypatch.setattr("balms_cli.detection.lvis_json.available_memory", lambda: 4 * size - 1)
+    with pytest.raises(DataError, match=r"takes about 0\.0 GiB of memory, where 0\.0 GiB are free: more memory"):
+        load_annotations(file)
+
+
 def test_the_images_folder_is_found(tmp_path):
     file = tmp_path / "annotations" / "train.json"
     file.parent.mkdir()
@@ -347,8 +369,8 @@ def test_the_images_folder_is_found(tmp_path):
     (tmp_path / "images").mkdir()
     assert find_images(file, None) == find_images(tmp_path / "train.json", None) == tmp_path / "images"
     assert find_images(file, str(tmp_path)) == tmp_path
-    with pytest.raises(DataError, match="does not exist: name another by --images"):
-        find_images(file, "nowhere")
+    with pytest.raises(DataError, match=r"folder no\\nwhere does not exist: name another by --images"):
+        find_images(file, "no\nwhere")  # of a stranger's checkpoint: on one line
 
 
 # What it costs

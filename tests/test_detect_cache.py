@@ -1,6 +1,10 @@
 """The cache of region features: its rows, its size, and what a killed process leaves."""
 
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +13,7 @@ from safetensors.torch import save_file
 
 from balms_cli.detection import cache as cache_module
 from balms_cli.detection.cache import SHARD_VIEWS, RegionCache, fill
-from balms_cli.errors import DataError
+from balms_cli.errors import ConfigError, DataError
 from balms_cli.reporter import Reporter
 
 ROWS, FEATURES, CATEGORIES = 6, 5, 3
@@ -29,8 +33,8 @@ def new_cache(folder, **over) -> RegionCache:
 
 def filled(folder) -> RegionCache:
     cache = new_cache(folder)
-    cache.begin()
-    fill(cache, cache.missing(), some_regions, Reporter())
+    with cache.held():
+        fill(cache, cache.missing(), some_regions, Reporter())
     return cache
 
 
@@ -48,8 +52,8 @@ def test_every_view_comes_back_as_it_was_but_for_half_precision(tmp_path, monkey
 def test_the_size_that_is_told_is_that_of_full_views_and_never_too_small(tmp_path):
     cache = RegionCache(tmp_path / "c", views=40, rows=64, features=128, categories=3)
     assert "40 views x 64 regions x 128 features, at most" in cache.describe() and "free)" in cache.describe()
-    cache.begin()
-    fill(cache, cache.missing(), lambda k: (torch.randn(64, 128), torch.zeros(64, dtype=torch.int64)), Reporter())
+    with cache.held():
+        fill(cache, cache.missing(), lambda k: (torch.randn(64, 128), torch.zeros(64, dtype=torch.int64)), Reporter())
     on_disk = sum(file.stat().st_size for file in (tmp_path / "c").iterdir())
     assert 40 * 64 * (2 * 128 + 4) < on_disk <= cache.bytes() < 1.05 * on_disk
 
@@ -63,8 +67,7 @@ def test_a_killed_extraction_goes_on_with_what_is_missing(tmp_path):
         return some_regions(k)
 
     cache = new_cache(tmp_path / "c")
-    cache.begin()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), cache.held():
         fill(cache, cache.missing(), killed, Reporter())
     again = new_cache(tmp_path / "c")
     assert again.missing() == [1, 2]
@@ -74,7 +77,8 @@ def test_a_killed_extraction_goes_on_with_what_is_missing(tmp_path):
         asked.append(SHARD_VIEWS + k)
         return some_regions(SHARD_VIEWS + k)
 
-    fill(again, again.missing(), rest, Reporter())
+    with again.held():
+        fill(again, again.missing(), rest, Reporter())
     assert asked == list(range(SHARD_VIEWS, VIEWS))
     files = sorted(whole.folder.iterdir())
     assert [f.name for f in files] == sorted(f.name for f in again.folder.iterdir())
@@ -111,10 +115,71 @@ def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_second_run_waits_for_the_first_and_finds_nothing_left_to_do(tmp_path):
+    first, second = new_cache(tmp_path / "c"), new_cache(tmp_path / "c")
+    told, seen = threading.Event(), []
+
+    def come_later():
+        assert second.missing() == [0, 1, 2]
+        with second.held(told.set):
+            seen.append(second.missing())
+
+    with first.held(lambda: pytest.fail("nobody else is there")):
+        thread = threading.Thread(target=come_later)
+        thread.start()
+        assert told.wait(10)
+        fill(first, first.missing(), some_regions, Reporter())
+        assert seen == []
+    thread.join(10)
+    assert seen == [[]]
+    assert sorted(file.name for file in (tmp_path / "c").iterdir()) == [f"{n:05}.safetensors" for n in range(3)]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from balms_cli.detection.cache import RegionCache
+with RegionCache(Path(sys.argv[1]), views=9, rows=6, features=5, categories=3).held():
+    (Path(sys.argv[1]) / ".new-1-00001.safetensors").write_bytes(b"half")
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_run_holds_nobody_up_and_its_half_written_shard_goes(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "c")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    assert (tmp_path / "c" / ".new-1-00001.safetensors").exists()
+    with new_cache(tmp_path / "c").held(lambda: pytest.fail("the one that held it is dead")):
+        assert [file.name for file in (tmp_path / "c").iterdir()] == ["lock"]
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_without_locks_nobody_waits_and_nothing_of_another_run_is_taken_away(tmp_path, monkeypatch):
+    def none_here(*_):
+        raise OSError(95, "Operation not supported")
+
+    for fcntl in (None, SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=none_here)):
+        monkeypatch.setattr(cache_module, "fcntl", fcntl)
+        with new_cache(tmp_path / "c").held():
+            (tmp_path / "c" / ".new-1-00001.safetensors").write_bytes(b"another's")
+            with new_cache(tmp_path / "c").held(lambda: pytest.fail("there is nothing to wait by")):
+                assert (tmp_path / "c" / ".new-1-00001.safetensors").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_the_way_out(tmp_path):
+    (tmp_path / "features").touch()
+    with pytest.raises(ConfigError, match=r"cannot write .*features/c: .* or leave out --cache"), \
+            new_cache(tmp_path / "features" / "c").held():  # fmt: skip
+        pass
+
+
 def test_features_beyond_half_precision_stay_finite(tmp_path):
     cache = new_cache(tmp_path / "c", views=1)
-    cache.begin()
-    cache.write(0, [(torch.full((2, FEATURES), 1e6), torch.ones(2, dtype=torch.int64))])
+    with cache.held():
+        cache.write(0, [(torch.full((2, FEATURES), 1e6), torch.ones(2, dtype=torch.int64))])
     assert cache.read(0)[0].max() == torch.finfo(torch.float16).max
 
 

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from balms_cli.data.decode import BadImage
 from balms_cli.detection.annotations import load_annotations
-from balms_cli.detection.dataset import AHEAD, DetectImages, find_files, raster, read_pixels
+from balms_cli.detection.dataset import AHEAD, DetectImages, find_files, raster, read_pixels, unpacked
 from balms_cli.errors import DataError
 
 from .detect_tools import draw_lvis
@@ -42,6 +42,11 @@ def one_image(folder: Path, segmentation, width: int = 40, height: int = 30, bbo
 # Masks
 
 
+def masks_of(info) -> np.ndarray:
+    """[I, H, W]"""
+    return unpacked(torch.from_numpy(raster(info)), info.width).numpy()
+
+
 def test_masks_of_real_images_are_those_of_the_lvis_package():
     from lvis import LVIS
 
@@ -55,8 +60,9 @@ def test_masks_of_real_images_are_those_of_the_lvis_package():
         theirs = official.img_ann_map[target["image_id"]]
         with Image.open(root / "images" / data.paths[i]) as image:
             assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
-        assert target["masks"].shape[1:] == pixels.shape[1:] and target["masks"].dtype == torch.uint8
-        for mask, box, label, annotation in zip(target["masks"], target["boxes"], target["labels"], theirs, strict=True):
+        masks = unpacked(target["mask_bits"], pixels.shape[2])
+        assert masks.shape[1:] == pixels.shape[1:] and masks.dtype == torch.uint8
+        for mask, box, label, annotation in zip(masks, target["boxes"], target["labels"], theirs, strict=True):
             assert np.array_equal(mask.numpy(), official.ann_to_mask(annotation))
             x, y, w, h = annotation["bbox"]
             height, width = mask.shape
@@ -73,14 +79,14 @@ def test_a_polygon_past_the_edge_is_cut_there(tmp_path, shift):
         canvas = large[shift : shift + 30, shift : shift + 40]
         if canvas.sum() > 50:
             found += 1
-            differ = (raster(one_image(tmp_path, [[polygon.tolist()]], bbox=(0, 0, 40, 30)).images[0])[0] != canvas).sum()
+            differ = (masks_of(one_image(tmp_path, [[polygon.tolist()]], bbox=(0, 0, 40, 30)).images[0])[0] != canvas).sum()
             assert differ <= (0.1 * canvas.sum() if shift else 0)  # below 0 pycocotools rounds the other way: slopes differ
     assert found > 20
 
 
 def test_far_polygons_are_cut_without_a_large_canvas(tmp_path):
     far = [-5e8, 10.25, 5e8, 10.25, 5e8, 20.25, -5e8, 20.25]
-    mask = raster(one_image(tmp_path, [[far]], bbox=(0, 10, 40, 10)).images[0])[0]
+    mask = masks_of(one_image(tmp_path, [[far]], bbox=(0, 10, 40, 10)).images[0])[0]
     near = coco_mask.decode(coco_mask.frPyObjects([[-9, 10.25, 49, 10.25, 49, 20.25, -9, 20.25]], 30, 40))[..., 0]
     assert np.array_equal(mask, near) and mask.sum() == 400
 
@@ -92,19 +98,30 @@ def test_several_polygons_and_run_lengths(tmp_path):
     square[3:9, 4:14] = 1
     coded = coco_mask.encode(square)
     runs = [4 * 30 + 3, *[6, 24] * 9, 6, 1200 - 4 * 30 - 3 - 6 - 9 * 30]
-    masks = raster(one_image(tmp_path, [parts, {"size": [30, 40], "counts": coded["counts"].decode()},
+    masks = masks_of(one_image(tmp_path, [parts, {"size": [30, 40], "counts": coded["counts"].decode()},
                                         {"size": [30, 40], "counts": runs}]).images[0])  # fmt: skip
-    assert np.array_equal(masks, [union, square, square]) and masks.flags.c_contiguous
+    assert np.array_equal(masks, [union, square, square])
 
 
 def test_an_instance_that_covers_no_pixel_has_the_pixels_of_its_box(tmp_path):
     thin = [10.1, 10.1, 10.3, 10.1, 10.3, 12.2, 10.1, 12.2]
     assert not coco_mask.area(coco_mask.frPyObjects([thin], 30, 40)).any()
     info = one_image(tmp_path, [[thin]], bbox=(10.1, 10.1, 0.2, 2.1)).images[0]
-    assert list(zip(*map(list, raster(info)[0].nonzero()), strict=True)) == [(10, 10), (11, 10)]
+    assert list(zip(*map(list, masks_of(info)[0].nonzero()), strict=True)) == [(10, 10), (11, 10)]
     corner = [39.8, 29.8, 39.99, 29.8, 39.99, 29.99]
     info = one_image(tmp_path, [[corner]], bbox=(39.8, 29.8, 0.19, 0.19)).images[0]
-    assert raster(info)[0].nonzero()[0].tolist() == [29]
+    assert masks_of(info)[0].nonzero()[0].tolist() == [29]
+
+
+def test_masks_are_kept_at_a_bit_a_pixel(tmp_path):
+    for width in (1, 7, 8, 9, 40):
+        square = [0, 10, width, 10, width, 20, 0, 20]
+        info = one_image(tmp_path, [[square]] * 3, width=width, bbox=(0, 10, width, 10)).images[0]
+        bits = raster(info)
+        assert bits.dtype == np.uint8 and bits.shape == (3, 30, -(-width // 8))
+        expected = np.zeros((3, 30, width), np.uint8)
+        expected[:, 10:20] = 1
+        assert np.array_equal(masks_of(info), expected)
 
 
 def test_boxes_alone(drawn):
@@ -238,7 +255,7 @@ def test_links_out_of_the_folder_are_refused_at_the_start(tmp_path):
 
 
 def same(one, two) -> bool:
-    return all(a[0].equal(b[0]) and a[1]["boxes"].equal(b[1]["boxes"]) and a[1]["masks"].equal(b[1]["masks"])
+    return all(a[0].equal(b[0]) and a[1]["boxes"].equal(b[1]["boxes"]) and a[1]["mask_bits"].equal(b[1]["mask_bits"])
                and a[1]["image_id"] == b[1]["image_id"] for a, b in zip(one, two, strict=True))  # fmt: skip
 
 

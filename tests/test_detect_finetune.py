@@ -1,21 +1,27 @@
 """``balms detect finetune``: what changes and what does not, its steps by hand, runs that stop and go on."""
 
+import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from balms_cli.config import DETECT_LOSSES, DetectFinetuneConfig, family_of
+from balms_cli.data.samplers import mix
 from balms_cli.detection import cache, finetune, regions
 from balms_cli.detection.annotations import find_annotations, load_annotations
 from balms_cli.detection.header import FORMAT, DetectHeader, read_detect_header
@@ -329,6 +335,94 @@ def test_an_extraction_that_was_stopped_goes_on(made, tmp_path, monkeypatch):
     assert raw_tensors(tmp_path / "cut") == raw_tensors(whole)
 
 
+def test_rows_are_what_the_frozen_detector_says_of_each_view(begun, tmp_path):
+    """Mirrored, scaled and sampled by draws that are named by the detector's seed and the view alone."""
+    frozen, _ = begun["softmax"]
+    config = DetectFinetuneConfig(views=3, min_sizes=[64], max_size=96)
+    store = cache.RegionCache(tmp_path / "c", views=18, rows=16, features=32, categories=3)
+    regions.make_cache(store, config, frozen, Reporter())
+    mirrored = 0
+    for view in range(18):
+        sample = frozen.data.read(view // 3)
+        for flip in (True, False):
+            torch.manual_seed(mix(0, 45, view, 0))
+            features_RD, labels_R = regions.looked_at(frozen.model, [sample], flip, frozen.runtime)
+            if flip:
+                assert torch.equal(store.read(view)[0], features_RD.half()) and torch.equal(store.read(view)[1], labels_R)
+        mirrored += not torch.equal(store.read(view)[0], features_RD.half())
+    assert mirrored > 3
+
+
+def test_a_cache_is_named_by_all_that_its_rows_depend_on(begun):
+    frozen, _ = begun["softmax"]
+    config = DetectFinetuneConfig(views=2, min_sizes=[64], max_size=96)
+
+    def name(config=config, **changed):
+        return regions.region_cache(config, replace(frozen, **changed)).folder.name
+
+    data, header, images = copy.copy(frozen.data), frozen.parent, frozen.annotations.images
+    data.annotations = replace(frozen.annotations, images=[replace(images[0], id=999), *images[1:]])
+    other = copy.copy(frozen.data)
+    other.annotations = replace(frozen.annotations, sha256="0" * 64)
+    larger = copy.copy(frozen.data)
+    larger.file_sizes = lambda: [1] * len(images)
+    names = [name(), *(name(config.model_copy(update=change)) for change in (
+        {"views": 3}, {"flip": False}, {"min_sizes": [64, 80]}, {"max_size": 97})),
+        name(parent_sha256="0" * 64), name(parent=header.model_copy(update={"recipe": {"seed": 1}})), name(data=data),
+        name(data=other), name(data=larger), name(runtime=replace(frozen.runtime, precision="bf16")),
+        name(runtime=replace(frozen.runtime, device=torch.device("cuda")))]  # fmt: skip
+    assert len(set(names)) == len(names)
+    assert name(config.model_copy(update={"lr": 0.5, "seed": 3, "loss": "ldam", "meta_reweigher": True})) == names[0]
+
+
+def test_a_disk_too_small_for_the_cache_is_told_before_anything_is_computed(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2048))
+    monkeypatch.setattr(regions, "looked_at", lambda *_: pytest.fail("computed"))
+    said = error_of(made.softmax, *FEW, "--cache", "--views", "7", "--out", tmp_path / "r", code=3)
+    assert "the feature cache needs up to" in said and "leave out --cache" in said
+
+
+def test_other_files_of_images_have_a_cache_of_their_own(made, tmp_path):
+    """Under the same annotations the features of some pictures are not taken for those of others."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for file in (made.data / "images").iterdir():
+        with Image.open(file) as image:
+            image.convert("L").convert("RGB").save(pictures / file.name)
+    first = tuned(made.softmax, tmp_path / "first", "--cache")
+    other = tuned(made.softmax, tmp_path / "other", "--cache", "--images", pictures)
+    assert report(first)["cache"] != report(other)["cache"] and losses(first) != losses(other)
+    again = tuned(made.softmax, tmp_path / "again", "--cache")
+    assert report(first)["cache"] == report(again)["cache"] and losses(first) == losses(again)
+
+
+def test_a_run_that_finds_another_at_its_cache_takes_over_what_that_made(made, tmp_path, monkeypatch):
+    parent = tmp_path / "parent"
+    shutil.copytree(made.softmax, parent, ignore=shutil.ignore_patterns("features"))
+    whole = tuned(parent, tmp_path / "whole", "--cache")
+    folder = Path(report(whole)["cache"])
+    content = {f.name: f.read_bytes() for f in folder.iterdir()}
+    for f in folder.iterdir():
+        f.unlink()
+    held, done = threading.Event(), threading.Event()
+
+    def other_run():
+        with cache.RegionCache(folder, views=1, rows=1, features=1, categories=1).held():
+            held.set()
+            done.wait(30)
+            for name, shard in content.items():
+                (folder / name).write_bytes(shard)
+
+    thread = threading.Thread(target=other_run)
+    thread.start()
+    assert held.wait(10)
+    monkeypatch.setattr(Reporter, "note", lambda _, said: done.set() if said.startswith("another run is making") else None)
+    monkeypatch.setattr(regions, "looked_at", lambda *_: pytest.fail("the other run has done this"))
+    second = tuned(parent, tmp_path / "second", "--cache")
+    assert done.is_set() and raw_tensors(second) == raw_tensors(whole)
+    thread.join(30)
+
+
 def test_rows_of_the_cache_are_views_of_the_images_that_were_drawn():
     class Told:
         """A cache whose view v says v, in as many rows as it is odd."""
@@ -416,10 +510,12 @@ def test_annotations_of_other_categories_are_refused(made, tmp_path):
     assert "was trained on other categories" in said and "only in the checkpoint: " in said
     assert "un\\x1b[31mknown" in said and "\x1b[31m" not in said
     document["categories"][0]["name"] = read_detect_header(made.softmax / "model.safetensors").categories[0].name
-    document["info"] = {"description": "the same, in another file"}
+    gone = document["images"][1]["id"]  # an image that has the first category alone
+    document["annotations"] = [a for a in document["annotations"] if a["image_id"] != gone]
     other.write_text(json.dumps(document))
     run = tuned(made.softmax, tmp_path / "r", "--data", other, "--images", made.data / "images", "--cache")
-    assert read_detect_header(run / "model.safetensors").annotations == str(other)
+    header = read_detect_header(run / "model.safetensors")
+    assert header.annotations == str(other) and header.num_images == header.categories[0].image_count == 5
 
 
 def test_annotations_that_are_gone_are_asked_for(made, tmp_path):

@@ -14,7 +14,9 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, maskrcnn_resnet50
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.roi_heads import maskrcnn_loss, paste_masks_in_image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import box_iou
 
 from balms_cli.detection.header import DetectHeader, detector_file, newest_detector, read_detect_header
 from balms_cli.detection.model import (
@@ -22,6 +24,7 @@ from balms_cli.detection.model import (
     cls_score,
     detect,
     load_detector,
+    overlaps,
     paste_rle,
     region_features,
     save_detector,
@@ -47,6 +50,20 @@ def stock_and_ours(categories: int = 3, masks: bool = True, seed: int = 0):
     ours.load_state_dict(stock.state_dict())  # strict: all names are torchvision's
     ours.roi_heads.detections_per_img = 20
     return stock, ours
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers, and the most floats, that any one tensor had."""
+
+    numel = floats = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+                self.floats = max(self.floats, x.numel() * x.is_floating_point())
+        return out
 
 
 def assert_same_step(stock, ours, images, targets):
@@ -122,6 +139,71 @@ class TestAgainstTorchvision:
         assert torch.allclose(ours_RD, features_RD, atol=1e-4) and not ours_RD.requires_grad
 
 
+class TestCrowds:
+    """Images with many objects: the same numbers as torchvision's, of which only some are floats at a time."""
+
+    def crowded(self, count: int, size: int = 64):
+        images, targets = tiny_targets(1, 3, size=size)
+        generator = torch.Generator().manual_seed(1)
+        corner_N2 = torch.rand(count, 2, generator=generator) * 0.6 * size
+        boxes_N4 = torch.cat([corner_N2, corner_N2 + 3 + torch.rand(count, 2, generator=generator) * 0.3 * size], 1)
+        masks = (torch.rand(count, size, size, generator=generator) < 0.5).byte()
+        targets[0] = {"boxes": boxes_N4, "labels": 1 + torch.arange(count) % 3, "masks": masks}
+        return images, targets
+
+    @pytest.mark.parametrize("count", [1, 32, 33, 70])
+    def test_a_step_is_torchvisions(self, count):
+        stock, ours = stock_and_ours()
+        for model in (stock, ours):  # every region is taken, so that masks of every chunk are asked for
+            model.roi_heads.fg_bg_sampler.batch_size_per_image, model.roi_heads.fg_bg_sampler.positive_fraction = 1000, 1.0
+        assert_same_step(stock, ours, *self.crowded(count))
+
+    def test_the_loss_of_masks_is_torchvisions_bit_for_bit_and_nothing_where_no_region_has_an_object(self):
+        heads, (_, targets) = tiny_detector(3).roi_heads, self.crowded(70)
+        generator = torch.Generator().manual_seed(2)
+        matched = [torch.randint(70, (50,), generator=generator), torch.randint(2, (9,), generator=generator), torch.arange(0)]
+        corner = [torch.rand(len(m), 2, generator=generator) * 40 for m in matched]
+        boxes = [torch.cat([c, c + 1 + torch.rand(len(c), 2, generator=generator) * 20], 1) for c in corner]
+        masks = [targets[0]["masks"], targets[0]["masks"][:2], targets[0]["masks"][:1]]
+        logits = torch.randn(59, 1, 28, 28, generator=generator, requires_grad=True)
+        ours = heads._mask_loss(logits, masks, boxes, matched)
+        theirs = maskrcnn_loss(logits, boxes, masks, [torch.zeros(len(m), dtype=torch.int64) for m in masks], matched)
+        assert torch.equal(ours, theirs)
+        assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
+        none = logits[:0]
+        assert heads._mask_loss(none, masks[2:], boxes[2:], matched[2:]).item() == 0
+
+    def test_overlaps_are_torchvisions(self):
+        generator = torch.Generator().manual_seed(0)
+        for count in (0, 1, 16, 17, 40):
+            boxes, anchors = (torch.rand(n, 4, generator=generator) * 50 for n in (count, 30))
+            boxes, anchors = (torch.cat([b[:, :2], b[:, :2] + b[:, 2:]], 1) for b in (boxes, anchors))
+            assert torch.equal(overlaps(boxes, anchors), box_iou(boxes, anchors))
+        assert tiny_detector(3).rpn.box_similarity is overlaps
+
+    @pytest.mark.parametrize("size", [(48, 64), (63, 37), (9, 90), (100, 100)])
+    def test_masks_are_scaled_as_torchvision_does_without_a_float(self, size):
+        ours = tiny_detector(3, min_sizes=[75], max_size=110).transform
+        stock = GeneralizedRCNNTransform(75, 110, [0.5] * 3, [0.5] * 3)
+        masks = (torch.rand(5, *size, generator=torch.Generator().manual_seed(0)) < 0.5).byte()
+        target = {"boxes": torch.tensor([[1.0, 2, 5, 6]] * 5), "masks": masks}
+        for given in (target, target | {"masks": masks.bool()}, {"boxes": target["boxes"]}):
+            image, got = ours.resize(torch.rand(3, *size), dict(given))
+            _, expected = stock.resize(torch.rand(3, *size), dict(given))
+            assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in got)
+            assert "masks" not in got or (got["masks"].dtype == torch.uint8 and got["masks"].shape[1:] == image.shape[1:])
+        assert ours.resize(torch.rand(3, *size))[1] is None
+
+    def test_a_crowd_takes_little_memory_beyond_its_masks(self):
+        """At 160 px, 400 objects: 10 MB of masks, of which torchvision makes 41 MB of floats; its overlaps with anchors are 10
+        MB, and the corners that it has for them 20 MB at a time."""
+        model, given = tiny_detector(3, min_sizes=[160], max_size=160), self.crowded(400, 160)
+        with Largest() as seen:
+            sum(model(*given).values()).backward()
+        anchors = 3 * (40 * 40 + 20 * 20 + 10 * 10 + 5 * 5 + 3 * 3)
+        assert seen.numel == 400 * 160 * 160 and 400 * anchors <= seen.floats < 2 * 400 * anchors
+
+
 class TestRegions:
     def test_modes_and_statistics_come_back(self):
         model = tiny_detector(3)
@@ -148,6 +230,16 @@ class TestRegions:
             return region_features(model, images, targets)[0]
 
         assert torch.equal(look(1), look(1)) and not torch.equal(look(1), look(2))
+
+    def test_sizes_are_drawn_as_in_training_and_pooling_does_not_guess_the_strides(self):
+        model, seen = tiny_detector(3, min_sizes=[33, 96]), set()
+        model.backbone.register_forward_hook(lambda module, given, out: seen.add(given[0].shape[-1]))
+        images, targets = tiny_targets(1, 3)
+        for seed in range(12):
+            torch.manual_seed(seed)
+            region_features(model, images, targets)
+        assert seen == {64, 96}  # 33 pixels are padded to 64, which looks like half of the stride
+        assert model.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
     def test_scales_of_training_and_of_test(self):
         model = tiny_detector(3, min_sizes=[32, 40, 48], test_size=64, max_size=200)
@@ -243,11 +335,11 @@ class TestHeads:
         assert np.allclose(found[0][0].numpy(), [box for _, _, box in kept], atol=1e-3)
 
     def test_categories_far_along_the_list_keep_their_pixels(self):
-        """Moved apart by category in float32, boxes of category 1,203 of a large image would lose an eighth of a pixel."""
+        """Moved apart by category in float32, boxes of a category far along the list would lie on every second pixel."""
         heads = tiny_detector(3, family="sigmoid", class_agnostic=True).roi_heads
         heads.nms_thresh = 0.5
-        # Overlap 0.5 - 1e-3: kept both, as torchvision does in float64.
-        boxes = torch.tensor([[4000.0, 0, 4008, 8], [4000.0, 0, 4008, 16.032]])
+        # Overlap 9.1 / 18.4, under a half: kept both. Rounded to even pixels it would be 10 / 18.
+        boxes = torch.tensor([[4000.0, 0, 4008, 9.1], [4000.0, 0, 4008, 18.4]])
         logits = torch.full((2, 5000), -20.0)
         logits[:, 4999] = torch.tensor([3.0, 2.0])
         found, _, labels = heads.postprocess_detections(logits, torch.zeros(2, 4), [boxes], [(4096, 4096)])
@@ -257,16 +349,6 @@ class TestHeads:
         """1,203 categories, 300 detections: 1.1 GB if all masks were; and 64 regions in the mask head at a time."""
         model = tiny_detector(1203, test_size=96)
         images, targets = tiny_targets(2, 1203, size=96)
-
-        class Largest(TorchDispatchMode):
-            numel = 0
-
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                out = function(*args, **(kwargs or {}))
-                for x in out if isinstance(out, tuple | list) else (out,):
-                    if isinstance(x, torch.Tensor):
-                        self.numel = max(self.numel, x.numel())
-                return out
 
         with Largest() as at_test:
             found = detect(model, images)
@@ -378,7 +460,8 @@ class TestCheckpoint:
         (lambda t: t.update({"roi_heads.box_predictor.cls_score.bias": torch.zeros(5)}), r"has shape \[5\], not \[4\]"),
         (lambda t: t.update({"roi_heads.box_predictor.cls_score.bias": torch.zeros(4).double()}), "is torch.float64"),
         (lambda t: t.update({"roi_heads.box_predictor.cls_score.bias": torch.zeros(4, dtype=torch.complex64)}), "complex64"),
-    ], ids=["missing", "more", "shape", "float64", "complex"])  # fmt: skip
+        (lambda t: t["rpn.head.cls_logits.bias"].fill_(float("inf")), "numbers of 'rpn.head.cls_logits.bias' are not finite"),
+    ], ids=["missing", "more", "shape", "float64", "complex", "infinite"])  # fmt: skip
     def test_tensors_that_do_not_fit(self, made, tmp_path, change, told):
         tensors = load_file(made)
         change(tensors)
@@ -407,7 +490,7 @@ class TestCheckpoint:
 
     def test_a_header_that_claims_a_hundred_thousand_categories(self, made, tmp_path):
         one = json.dumps({"id": 0, "name": "x", "image_count": 1, "instance_count": 1, "frequency": "r"})
-        many = "[" + ",".join(one.replace('"id": 0', f'"id": {i}') for i in range(100_000)) + "]"
+        many = "[" + ",".join(one.replace("0", str(i)).replace("x", f"x{i}") for i in range(100_000)) + "]"
         document = json.loads(read_detect_header(made).model_dump_json()) | {"categories": "HERE"}
         text = json.dumps(document).replace('"HERE"', many)
         path = tmp_path / "model.safetensors"
@@ -420,9 +503,23 @@ class TestCheckpoint:
     def test_values_that_lie_outside_the_header_never_pass(self, made):
         document = json.loads(read_detect_header(made).model_dump_json())
         for change in ({"min_sizes": [10**9]}, {"min_sizes": []}, {"std": [0, 1, 1]}, {"mean": [float("nan")] * 3},
-                       {"test_size": 10**7}, {"proposals": 0}, {"foreground_share": 2}, {"norm": "other"}):  # fmt: skip
+                       {"test_size": 10**7}, {"proposals": 0}, {"foreground_share": 2}, {"norm": "other"},
+                       {"rois_per_image": 10**400}, {"proposals": 10**30}):  # fmt: skip
             with pytest.raises(ValueError):
                 DetectHeader.model_validate_json(json.dumps(document | {"architecture": document["architecture"] | change}))
+        one, two, *rest = document["categories"]
+        for change in ({"format": 0}, {"num_images": 10**30}, {"rates": [float("nan")]}, {"categories": [one, two, one]},
+                       {"categories": [one, two | {"name": one["name"]}, *rest]},
+                       {"categories": [one | {"image_count": 10**400}, two]}):  # fmt: skip
+            with pytest.raises(ValueError):
+                DetectHeader.model_validate_json(json.dumps(document | change))
+
+    def test_a_newer_format_is_named_whatever_else_it_says(self, made, tmp_path):
+        document = json.loads(read_detect_header(made).model_dump_json()) | {"format": 2, "categories": "elsewhere"}
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(save(load_file(made), metadata={"balms-detect": json.dumps(document)}))
+        with pytest.raises(CheckpointError, match="has format 2, this balms reads up to 1: update balms"):
+            read_detect_header(path)
 
     @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", struct.pack("<Q", 2**60) + b"{}", b"\0" * 100,
                                          struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 60_000) + b"[" * 60_000],
@@ -443,7 +540,7 @@ class TestCheckpoint:
         path = tmp_path / "model.safetensors"
         header = json.dumps({"__metadata__": {"balms-detect": 5}}).encode()
         path.write_bytes(struct.pack("<Q", len(header)) + header)
-        with pytest.raises(CheckpointError, match="bad header"):
+        with pytest.raises(CheckpointError, match="texts by name"):
             read_detect_header(path)
 
 

@@ -17,7 +17,8 @@ def file(tmp_path):
     content = {"images": [{"id": i, "width": 50, "height": 50, "file_name": f"{i}.png"} for i in range(21)],
                "categories": [{"id": id, "name": name, "frequency": group} for id, name, group in
                               ((9, "auk\x1b[31m", "r"), (5, "[bold]bee", "c"), (7, "cow", "f"), (2, "dab", "r"))],
-               "annotations": [{"id": n, "image_id": i, "category_id": c, **triangle} for n, (i, c) in enumerate(rows)]}
+               "annotations": [{"id": n, "image_id": i, "category_id": c, **triangle}
+                               for n, (i, c) in enumerate(rows)]}  # fmt: skip
     content["annotations"].append({"id": 99, "image_id": 3, "category_id": 5, "iscrowd": 1, **triangle})
     (tmp_path / "my_train.json").write_text(json.dumps(content))
     return tmp_path / "my_train.json"
@@ -62,13 +63,25 @@ def test_tables_and_the_file_on_stdout(balms, file):
                          ["[bold]bee", "5", "c", "10", "11", "50.00%", "0.00", "1.00"],
                          ["auk\\x1b[31m", "9", "r", "2", "2", "10.00%", "-2.20", "1.00"]]  # fmt: skip
     assert outcome.err.splitlines()[-5:] == [
-        "repeat factors at threshold 0.001: no image comes more than once, as the rarest category is in 10.00% of the images; "
-        "a --repeat-threshold above 0.1000 repeats some",
+        "repeat factors at threshold 0.001: no image comes more than once, as the rarest category is in 10 % of the images; "
+        "a --repeat-threshold above 0.1 repeats some",
         "offsets of balanced sigmoid, log(f / (1 - f)): -2.20 to 3.66 logits",
         "offsets of balanced softmax, log f less its mean: -1.30 to 0.98 logits",
         "categories without an image: dab",
         "left out of my_train.json: crowd regions (1), categories without an image (1), images without a usable annotation (1)",
     ]
+    many = json.loads(file.read_text())
+    many["images"] += [{"id": i, "width": 50, "height": 50, "file_name": f"{i}.png"} for i in range(100, 2100)]
+    many["annotations"] += [many["annotations"][-2] | {"id": i, "image_id": i} for i in range(100, 2100)]
+    (file.parent / "many.json").write_text(json.dumps(many))
+    assert "the rarest category is in 0.099 % of the images; a --repeat-threshold above 0.00099 repeats some" in (
+        balms("detect", "stats", file.parent / "many.json", "--repeat-threshold", "0").err)  # fmt: skip
+    one = json.loads(file.read_text())
+    one["annotations"] = [a for a in one["annotations"] if a["category_id"] == 7]
+    (file.parent / "one.json").write_text(json.dumps(one))
+    lines = balms("detect", "stats", file.parent / "one.json").err.splitlines()
+    assert ("repeat factors at threshold 0.001: no image comes more than once, as the rarest category is in 100 % of the images"
+            in lines)  # fmt: skip
     repeated = balms("detect", "stats", file, "--repeat-threshold", "0.4", "--top", "1")
     assert "repeat factors at threshold 0.4: 2 images come more than once, 2.00 times at most; about 22 images an epoch" in (
         repeated.err.splitlines())  # fmt: skip

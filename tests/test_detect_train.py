@@ -233,6 +233,18 @@ def test_a_frozen_backbone_stays_as_it_was_loaded(lvis, weights, tmp_path):
                      "roi_heads.mask_predictor"}  # fmt: skip
 
 
+def test_from_scratch_every_stage_learns_and_clipped_to_nothing_none_does(lvis, trained, tmp_path):
+    done = invoke("detect", "train", lvis, *SMALL, "--steps", "2", "--set", "clip_norm=1e-9", "--set", "weight_decay=0",
+                  "--out", tmp_path / "r", "--quiet")  # fmt: skip
+    assert done.code == 0, done.err
+    _, resolved, _ = open_run(trained, "detect-train")
+    first = initial_detector(resolved.config, load_annotations(lvis / "lvis_train.json"), offline=True)[1].named_parameters()
+    learned, clipped_run = (load_file(run / "model.safetensors") for run in (trained, tmp_path / "r"))
+    body = {name: p.detach() for name, p in first if name.startswith("backbone.body.")}
+    assert len(body) > 90 and not [name for name, p in body.items() if torch.equal(learned[name], p)]
+    assert all(torch.allclose(clipped_run[name], p, rtol=0, atol=1e-9) for name, p in body.items())
+
+
 def test_clipping_scales_all_gradients_alike():
     layer = nn.Linear(2, 1)
     layer.weight.grad, layer.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
@@ -270,6 +282,12 @@ def test_the_loss_falls(lvis, tmp_path):
     log = records(tmp_path / "r")
     first, last = (sum(r["loss"] for r in some) / 10 for some in (log[:10], log[-10:]))
     assert last < 0.6 * first
+
+
+def test_a_system_that_does_not_say_how_much_memory_was_taken(balms, lvis, monkeypatch):
+    monkeypatch.setattr("balms_cli.detection.steps.resource", None)  # as on Windows
+    done = balms("detect", "train", lvis, *SMALL, "--dry-run")
+    assert done.code == 0 and "not known here" in done.err, done.err
 
 
 # Presets

@@ -226,7 +226,7 @@ def find_images(annotations_path: str | Path, images: str | Path | None) -> Path
     """
     if images is not None:
         if not Path(images).is_dir():
-            raise DataError(f"the images' folder {images} does not exist: name another by --images")
+            raise DataError(f"the images' folder {printable(str(images))} does not exist: name another by --images")
         return Path(images)
     folder = Path(annotations_path).parent
     homes = [folder, folder.parent] if folder.name == "annotations" else [folder]

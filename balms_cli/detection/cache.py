@@ -5,27 +5,36 @@ instead of a network. A view is one augmented look at an image: its rows are the
 The cache is a folder of safetensors shards, SHARD_VIEWS views each, with ``features`` [R, D] float16, ``labels`` [R] int32
 (0 is background) and ``starts`` [V + 1] int64, the row at which each view begins. A shard is written aside and moved into
 place, so a run that was killed leaves whole shards behind, and the next one makes those that are missing. Rows are a
-function of the view alone: several processes each make shards of their own, and the cache is the same.
+function of the view alone: several processes each make shards of their own, and the cache is the same. A run that finds
+another one at the same cache waits for it, by a lock that the system takes off a process that ends, however it ends.
 
 Shapes: R regions, D features, V views.
 """
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..data.aside import replace_file, write_error
+from ..data.aside import remove_half_written, replace_file, write_error
 from ..data.bank import size_text
 from ..errors import DataError
 from ..reporter import Reporter
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs that make the same cache at once then both write all of it
+    fcntl = None
+
 SHARD_VIEWS = 16
+_LOCK = "lock"
 _OPEN = 64  # shards held open
 _LARGEST = torch.finfo(torch.float16).max
 _SLACK = 4096  # bytes of a shard beside its rows, at most
@@ -84,12 +93,25 @@ class RegionCache:
         """The views of a shard."""
         return range(number * SHARD_VIEWS, min((number + 1) * SHARD_VIEWS, self.views))
 
-    def begin(self) -> None:
-        """Make the folder. Raises ConfigError or DataError where that cannot be."""
+    @contextmanager
+    def held(self, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """To write within: the folder is there, and this run's alone. Another one that holds it is waited for, after a call of
+        ``waiting``; what is missing may be less then. Raises ConfigError or DataError where the folder cannot be made.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / _LOCK).open("ab")
         except OSError as error:
-            raise write_error(error, self.folder) from None
+            told = write_error(error, self.folder)
+            raise type(told)(f"{told}, or leave out --cache") from None
+        with file:
+            if _locked(file, waiting):
+                remove_half_written(self.folder)
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows takes away no open file
+                    (self.folder / _LOCK).unlink()
 
     def write(self, number: int, views: list[Regions]) -> None:
         """A shard, from the regions of its views in order. Features above what float16 holds are cut to it."""
@@ -147,6 +169,21 @@ class RegionCache:
                 return places.tolist()
         except (OSError, SafetensorError):
             return None
+
+
+def _locked(file: BinaryIO, waiting: Callable[[], None]) -> bool:
+    """Wait for the lock on an open file, which goes with it. False: there are no locks on this system."""
+    if fcntl is None:
+        return False
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def fill(cache: RegionCache, shards: list[int], regions: Callable[[int], Regions], reporter: Reporter) -> None:

@@ -23,6 +23,7 @@ def frequency_group(images: int) -> Literal["r", "c", "f"]:
     return "r" if images <= RARE else "c" if images <= COMMON else "f"
 
 
+_MOST = 2**53  # of a count; a header is a stranger's, and larger numbers do not fit where counts go
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -34,8 +35,8 @@ class Category(BaseModel):
 
     id: int
     name: str
-    image_count: int = Field(ge=1)  # training images with at least one instance
-    instance_count: int = Field(ge=1)
+    image_count: int = Field(ge=1, le=_MOST)  # training images with at least one instance
+    instance_count: int = Field(ge=1, le=_MOST)
     frequency: Literal["r", "c", "f"]  # rare (1-10 images), common (11-100), frequent: the JSON's, else by image_count
 
 
@@ -54,8 +55,8 @@ class Architecture(BaseModel):
     min_sizes: list[Annotated[int, Field(ge=32, le=4096)]] = Field(min_length=1)  # in training
     test_size: int = Field(ge=32, le=4096)
     max_size: int = Field(ge=32, le=4096)
-    proposals: int = Field(ge=1)
-    rois_per_image: int = Field(ge=1)
+    proposals: int = Field(ge=1, le=_MOST)
+    rois_per_image: int = Field(ge=1, le=_MOST)
     foreground_share: float = Field(gt=0, le=1)
     mean: tuple[_Number, _Number, _Number]
     std: tuple[_Positive, _Positive, _Positive]
@@ -66,12 +67,12 @@ class DetectHeader(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    format: int
+    format: int = Field(ge=1, le=FORMAT)  # the first field: what a newer format says of the others is not looked at
     created: str
     stage: Literal["detect-train", "detect-finetune"]
     architecture: Architecture
     categories: list[Category] = Field(min_length=1)  # in the order of the labels 1..C
-    num_images: int = Field(ge=1)  # training images with annotations: what image_count is a share of
+    num_images: int = Field(ge=1, le=_MOST)  # training images with annotations: what image_count is a share of
     loss: str
     classifier: Literal["linear", "lws"] = "linear"
     recipe: dict[str, Any]
@@ -79,12 +80,13 @@ class DetectHeader(BaseModel):
     annotations_sha256: str
     images: str
     parent_sha256: str | None = None
-    rates: list[float] | None = None  # category weights that a meta reweigher learned
+    rates: list[_Number] | None = None  # category weights that a meta reweigher learned
 
     @model_validator(mode="after")
-    def _ids_once(self) -> "DetectHeader":
-        if len({c.id for c in self.categories}) != len(self.categories):
-            raise ValueError("category ids repeat")
+    def _each_once(self) -> "DetectHeader":
+        ids, names = {c.id for c in self.categories}, {c.name for c in self.categories}
+        if min(len(ids), len(names)) < len(self.categories):
+            raise ValueError("category ids or names repeat")
         return self
 
     def to_metadata(self) -> dict[str, str]:
@@ -99,14 +101,14 @@ def read_detect_header(path: Path) -> DetectHeader:
         what = "is a classifier, not a detector" if "balms" in metadata else "was not written by balms detect"
         raise CheckpointError(f"{path} {what}; make a detector by balms detect train")
     try:
-        header = DetectHeader.model_validate_json(metadata[KEY])
+        return DetectHeader.model_validate_json(metadata[KEY])
     except ValidationError as error:
         first = error.errors()[0]
+        if first["loc"] == ("format",) and first["type"] == "less_than_equal":
+            told = f"{path} has format {first['input']}, this balms reads up to {FORMAT}: update balms"
+            raise CheckpointError(told) from None
         place = ".".join(map(str, first["loc"])) or "header"
         raise CheckpointError(f"{path}: bad header, {place}: {first['msg']}") from None
-    if header.format > FORMAT:
-        raise CheckpointError(f"{path} has format {header.format}, this balms reads up to {FORMAT}: update balms")
-    return header
 
 
 def detector_file(path: Path) -> Path:

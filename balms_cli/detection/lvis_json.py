@@ -18,6 +18,7 @@ from ..errors import DataError
 from .outlines import Packed
 
 MAX_SIDE = 100_000  # pixels of an image, in width or height
+_PER_BYTE = 4.0  # bytes of memory for one of the file, at the least: its bytes and its text, then what is packed and the rest
 _DRIVE = re.compile("[A-Za-z]:")
 _PLURAL = {"image": "images", "category": "categories"}
 
@@ -40,7 +41,8 @@ def read_json(path: Path, hook: Callable[[dict[str, Any]], Any] | None = None, p
         needed, free = path.stat().st_size * per_byte, available_memory()
         if free is not None and needed > free:
             raise DataError(f"{path} takes about {needed / 2**30:.1f} GiB of memory, where {free / 2**30:.1f} GiB are free: "
-                            "a smaller file is needed (of results: fewer detections an image, with higher scores)")
+                            "more memory or a smaller file is needed (of results: fewer detections an image, with higher "
+                            "scores)")  # fmt: skip
         raw = path.read_bytes()
         sha256 = hashlib.sha256(raw).hexdigest()
         text = raw.decode("utf-8-sig")
@@ -65,7 +67,7 @@ def read_json(path: Path, hook: Callable[[dict[str, Any]], Any] | None = None, p
 
 def parse(path: Path) -> tuple[dict[str, Any], str]:
     """The JSON object with its three lists, annotations packed, and the file's sha256."""
-    document, sha256 = read_json(path, _hook)
+    document, sha256 = read_json(path, _hook, _PER_BYTE)
     if not isinstance(document, dict):
         raise DataError(f"{path} is not an object with images, annotations and categories, as LVIS and COCO have it")
     for key in ("images", "annotations", "categories"):

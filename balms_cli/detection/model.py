@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import expand_boxes, expand_masks, paste_mask_in_image
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.ops.poolers import initLevelMapper
 
 from ..config import DetectEvaluateConfig, DetectPredictConfig
@@ -36,6 +37,7 @@ from .header import Architecture, DetectHeader, read_detect_header
 from .roi_heads import BoxPredictor, LongTailRoIHeads
 
 SCORE_THRESHOLD, NMS, DETECTIONS, PRE_NMS = 1e-4, 0.5, 300, 10_000  # LVIS: no detection is too unsure to be scored
+_BOXES_AT_ONCE = 16  # of an image in training, held against its anchors
 _LOSS = "roi_heads.cls_loss."
 
 
@@ -71,6 +73,7 @@ def build_detector(arch: Architecture, num_categories: int, cls_loss: nn.Module 
     model.roi_heads = LongTailRoIHeads(model.roi_heads, cls_loss, sigmoid=sigmoid, class_agnostic=arch.class_agnostic,
                                        pre_nms=PRE_NMS)  # fmt: skip
     model.transform = Transform(model.transform, arch.test_size)
+    model.rpn.box_similarity = overlaps
     return model
 
 
@@ -94,9 +97,19 @@ class ProposalHead(RPNHead):
         return [_at_least_float32(x) for x in scores], [_at_least_float32(x) for x in deltas]
 
 
+def overlaps(boxes_N4: Tensor, anchors_A4: Tensor) -> Tensor:
+    """torchvision's ``box_iou`` [N, A], some boxes at a time: it has several times as much in memory while it computes, and an
+    image of 800 pixels has some 200,000 anchors."""
+    found_NA = boxes_N4.new_empty(len(boxes_N4), len(anchors_A4))
+    for part_NA, part_N4 in zip(found_NA.split(_BOXES_AT_ONCE), boxes_N4.split(_BOXES_AT_ONCE), strict=True):
+        part_NA.copy_(box_iou(part_N4, anchors_A4))
+    return found_NA
+
+
 class Transform(GeneralizedRCNNTransform):
     """torchvision's, with a size of its own at test time: in training the shorter side is drawn from ``min_size``, which may
-    be set; in eval mode it is ``test_size``. An image so narrow that nothing would be left of it keeps a pixel."""
+    be set; in eval mode it is ``test_size``. An image so narrow that nothing would be left of it keeps a pixel. Masks are
+    scaled as they are, not as floats four times as large: the nearest pixel is the same."""
 
     def __init__(self, stock: GeneralizedRCNNTransform, test_size: int):
         nn.Module.__init__(self)
@@ -112,9 +125,13 @@ class Transform(GeneralizedRCNNTransform):
             scale = min(self.min_size[0] / min(height, width), self.max_size / max(height, width))
             if scale * min(height, width) < 1:
                 self.fixed_size = (max(1, int(scale * width)), max(1, int(scale * height)))
-            return super().resize(image, target)
+            rest = target and {k: v for k, v in target.items() if k != "masks"}
+            image, rest = super().resize(image, rest)
         finally:
             self.min_size, self.fixed_size, self.training = before
+        if target and "masks" in target:
+            rest["masks"] = F.interpolate(target["masks"][:, None].byte(), image.shape[-2:])[:, 0]
+        return image, rest
 
 
 def _pool(strides: list[int], size: int) -> MultiScaleRoIAlign:

@@ -15,6 +15,8 @@ Packed = tuple[array, ...] | dict[str, Any] | None
 # Lowest x and y, highest x and y, twice the area of all polygons, and the steps of their outlines (larger of dx and dy, summed)
 Extent = tuple[float, float, float, float, float, float]
 
+_MOST = 2**32 - 1  # pixels; pycocotools counts them in 32 bits
+
 
 def unpack(packed: Packed) -> Segmentation:
     """Polygons as lists of numbers; an RLE, or none, as it is."""
@@ -75,7 +77,7 @@ def compressed(rle: Any, height: int, width: int) -> dict[str, Any] | None:
     """
     from pycocotools import mask as coco_mask
 
-    if not isinstance(rle, dict) or rle.get("size") != [height, width]:
+    if not isinstance(rle, dict) or rle.get("size") != [height, width] or height * width > _MOST:
         return None
     counts = rle.get("counts")
     runs = counts if isinstance(counts, list) else runs_of(counts) if isinstance(counts, str) else None

@@ -28,5 +28,5 @@ def show_plan(resolved: Resolved[DetectTrainConfig], annotations: Annotations, i
         ["device", setup(config.device, config.precision).describe()],
         ["result", str(folder.path)],
         ["time", f"about {seconds * config.steps / 60:.1f} minutes by {_TRIAL_STEPS} trial steps of {seconds:.2f} s"],
-        ["memory", f"{gigabytes:.1f} GB at most so far"],
+        ["memory", "not known here" if gigabytes is None else f"{gigabytes:.1f} GB at most so far"],
     ])  # fmt: skip

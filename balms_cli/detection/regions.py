@@ -7,7 +7,7 @@ Shapes: B images, R regions, D features.
 
 import hashlib
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +23,10 @@ from ..errors import BalmsError, DataError
 from ..reporter import Reporter
 from .annotations import Annotations
 from .cache import RegionCache, Regions, fill
-from .dataset import DetectImages
+from .dataset import DetectImages, Example
 from .header import DetectHeader
 from .model import region_features
-from .steps import Sample, on_device, seed_share, shares
+from .steps import on_device, seed_share, shares
 
 _VIEWS = 45  # stream of random numbers
 
@@ -50,7 +50,7 @@ class Frozen:
         return self.data.annotations
 
 
-def looked_at(model: nn.Module, samples: list[Sample], flip: bool, runtime: Runtime) -> Regions:
+def looked_at(model: nn.Module, samples: list[Example], flip: bool, runtime: Runtime) -> Regions:
     """Regions of one augmented view of each image: features [R, D] float32, labels [R]. All that is random, flips, scales and
     which proposals are sampled, is drawn by torch's generators."""
     with torch.no_grad(), runtime.autocast():
@@ -95,10 +95,12 @@ def cached_regions(cache: RegionCache, draw: Draw, batch_size: int, stream: int,
 
 
 def region_cache(config: DetectFinetuneConfig, frozen: Frozen) -> RegionCache:
-    """The cache beside the checkpoint, named by all that its rows depend on. Every classifier tuned on a detector shares it."""
+    """The cache beside the checkpoint, named by all that its rows depend on, of the images' files by how large they are. Every
+    classifier tuned on a detector shares it."""
     runtime, annotations, architecture = frozen.runtime, frozen.annotations, frozen.parent.architecture
-    ids = hashlib.sha256(repr([image.id for image in annotations.images]).encode()).hexdigest()
-    parts = (frozen.parent_sha256, annotations.sha256, ids, config.views, config.flip, config.min_sizes, config.max_size,
+    files = [(image.id, size) for image, size in zip(annotations.images, frozen.data.file_sizes(), strict=True)]
+    images = hashlib.sha256(repr(files).encode()).hexdigest()
+    parts = (frozen.parent_sha256, annotations.sha256, images, config.views, config.flip, config.min_sizes, config.max_size,
              _cache_seed(frozen.parent), runtime.device.type, runtime.precision)  # fmt: skip
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return RegionCache(frozen.parent_file.parent / "features" / key, views=len(frozen.data) * config.views,
@@ -112,34 +114,42 @@ def make_cache(cache: RegionCache, config: DetectFinetuneConfig, frozen: Frozen,
 
     Raises: DataError or ConfigError where they cannot be written.
     """
-    problem, missing = None, []
-    if world.main:
-        missing = cache.missing()
-        reporter.note(f"feature cache: {cache.describe()}, kept in {cache.folder} for every classifier tuned on this detector")
-        if missing and len(missing) < cache.shards:
-            reporter.note(f"{cache.shards - len(missing)} of its {cache.shards} parts are there already")
-        if missing:
+    with ExitStack() as writing:
+        problem, missing = None, []
+        if world.main:
             try:
-                cache.check_space(len(missing))
-                cache.begin()
+                missing = _claimed(cache, writing, reporter)
             except BalmsError as error:
                 problem = error
-    problem, missing = world.agree((problem, missing))
-    if problem is not None:
-        raise problem
-    mine = missing[world.rows(len(missing))]
-    views = [view for number in mine for view in cache.shard(number)]
-    with closing(frozen.data.reader(lambda k: [views[k] // config.views], len(views))) as read:
+        problem, missing = world.agree((problem, missing))
+        if problem is not None:
+            raise problem
+        mine = missing[world.rows(len(missing))]
+        views = [view for number in mine for view in cache.shard(number)]
+        read = writing.enter_context(closing(frozen.data.reader(lambda k: [views[k] // config.views], len(views))))
 
         def regions(k: int) -> Regions:
             seed_share(_cache_seed(frozen.parent), _VIEWS, views[k], 0)
             return looked_at(frozen.model, read(k), config.flip, frozen.runtime)
 
         fill(cache, mine, regions, reporter)
-    world.any(False, frozen.runtime.device)  # all have written theirs
+        world.any(False, frozen.runtime.device)  # all have written theirs
     if left := cache.missing():
         raise DataError(f"{len(left)} of {cache.shards} parts of {cache.folder} are not there: several processes that make a "
                         "cache together need one folder that all of them see")  # fmt: skip
+
+
+def _claimed(cache: RegionCache, writing: ExitStack, reporter: Reporter) -> list[int]:
+    """The shards that are to be written, while ``writing`` is open by this run alone."""
+    missing = cache.missing()
+    reporter.note(f"feature cache: {cache.describe()}, kept in {cache.folder} for every classifier tuned on this detector")
+    if missing:
+        cache.check_space(len(missing))
+        writing.enter_context(cache.held(lambda: reporter.note("another run is making this cache: waiting for it")))
+        missing = cache.missing()
+    if 0 < len(missing) < cache.shards:
+        reporter.note(f"{cache.shards - len(missing)} of its {cache.shards} parts are there already")
+    return missing
 
 
 def _cache_seed(parent: DetectHeader) -> int:

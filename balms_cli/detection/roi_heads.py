@@ -12,11 +12,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
+from torchvision.models.detection.roi_heads import RoIHeads, project_masks_on_boxes
 from torchvision.ops import boxes as box_ops
 
 _BETA = 1 / 9  # torchvision's: from where on the box loss is linear
 _MASKS_AT_ONCE = 64  # regions in the mask head at test time: 64 x 256 x 28 x 28 floats are 51 MB
+_TRUE_MASKS_AT_ONCE = 32  # of an image in training, as floats: 32 x 800 x 1,066 of them are 109 MB
 
 
 class BoxPredictor(nn.Module):
@@ -87,8 +88,7 @@ class LongTailRoIHeads(RoIHeads):
             boxes = [p[i] for p, i in zip(proposals, places, strict=True)]
             matched = [m[i] for m, i in zip(matched, places, strict=True)]
             logits_N1MM = self._mask_logits(self.mask_roi_pool(features, boxes, image_shapes), labels_R[labels_R > 0])
-            losses["loss_mask"] = maskrcnn_loss(logits_N1MM, boxes, [t["masks"] for t in targets],
-                                                [torch.zeros_like(t["labels"]) for t in targets], matched)  # fmt: skip
+            losses["loss_mask"] = self._mask_loss(logits_N1MM, [t["masks"] for t in targets], boxes, matched)
         return losses
 
     def _box_loss(self, deltas: Tensor, labels_R: Tensor, targets_R4: Tensor) -> Tensor:
@@ -96,6 +96,21 @@ class LongTailRoIHeads(RoIHeads):
         rows = torch.where(labels_R > 0)[0]
         deltas_N4 = self._deltas_of(deltas, rows, labels_R[rows])
         return F.smooth_l1_loss(deltas_N4, targets_R4[rows], beta=_BETA, reduction="sum") / labels_R.numel()
+
+    def _mask_loss(self, logits_N1MM: Tensor, masks: list[Tensor], boxes: list[Tensor], matched: list[Tensor]) -> Tensor:
+        """torchvision's: binary cross-entropy with what of the true mask lies in each region's box, but of a crowded image's
+        masks only some are floats at a time."""
+        if not len(logits_N1MM):
+            return logits_N1MM.sum() * 0
+        truths = []
+        for masks_IHW, boxes_N4, matched_N in zip(masks, boxes, matched, strict=True):
+            truth_NMM = boxes_N4.new_empty(len(boxes_N4), *logits_N1MM.shape[2:])
+            for first in range(0, len(masks_IHW), _TRUE_MASKS_AT_ONCE):
+                some_KHW = masks_IHW[first : first + _TRUE_MASKS_AT_ONCE]
+                rows = torch.where((matched_N >= first) & (matched_N < first + len(some_KHW)))[0]
+                truth_NMM[rows] = project_masks_on_boxes(some_KHW, boxes_N4[rows], matched_N[rows] - first, truth_NMM.shape[-1])
+            truths.append(truth_NMM)
+        return F.binary_cross_entropy_with_logits(logits_N1MM[:, 0], torch.cat(truths))
 
     def _deltas_of(self, deltas: Tensor, rows_N: Tensor, labels_N: Tensor) -> Tensor:
         """[N, 4]: the box deltas of these rows for these categories."""

@@ -125,11 +125,13 @@ def _say(stats: Stats, found: dict[str, Any], reporter: Reporter) -> None:
     repeat, threshold = found["repeat"], f"{stats.threshold:g}"
     if repeat["repeated_images"]:
         reporter.note(f"repeat factors at threshold {threshold}: {repeat['repeated_images']:,} images come more than once, "
-                      f"{repeat['largest_factor']:.2f} times at most; about {repeat['images_an_epoch']:,.0f} images an epoch")
+                      f"{repeat['largest_factor']:.2f} times at most; about {repeat['images_an_epoch']:,.0f} images an "
+                      "epoch")  # fmt: skip
     else:
         rarest = stats.annotations.image_counts.min() / found["images"]
+        hint = f"; a --repeat-threshold above {rarest:.3g} repeats some" if rarest < 1 else ""
         reporter.note(f"repeat factors at threshold {threshold}: no image comes more than once, as the rarest category is in "
-                      f"{rarest:.2%} of the images; a --repeat-threshold above {rarest:.4f} repeats some")  # fmt: skip
+                      f"{100 * rarest:.3g} % of the images{hint}")  # fmt: skip
     for name, key in (("balanced sigmoid, log(f / (1 - f))", "log_odds"), ("balanced softmax, log f less its mean",
                                                                         "softmax_offsets")):  # fmt: skip
         low, high = found[key]

@@ -6,7 +6,6 @@ mirrored images to the sampled proposals, so does not depend on how many process
 """
 
 import re
-import resource
 import shlex
 import sys
 from collections.abc import Callable
@@ -27,10 +26,14 @@ from ..engine.runtime import Runtime, versions
 from ..errors import ConfigError
 from .annotations import Annotations
 from .card import detector_card
+from .dataset import Example, unpacked
 from .header import DetectHeader
 from .model import save_detector
 
-Sample = tuple[Tensor, dict[str, Any]]  # pixels uint8 [3, H, W], and the target: boxes, labels, masks, as dataset.py reads them
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,15 @@ def seed_share(seed: int, stream: int, step: int, share: int) -> None:
     torch.manual_seed(mix(seed, stream, step, share))
 
 
-def on_device(samples: list[Sample], device: torch.device, *, flip: bool) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def on_device(samples: list[Example], device: torch.device, *, flip: bool) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     """What a detector takes: images [3, H, W] in 0..1 and targets, half of them mirrored where ``flip`` (drawn by torch)."""
-    images = [pixels.to(device, non_blocking=True).float() / 255 for pixels, _ in samples]
-    targets = [{k: v.to(device, non_blocking=True) for k, v in target.items() if k in ("boxes", "labels", "masks")}
-               for _, target in samples]  # fmt: skip
+    images, targets = [], []
+    for pixels, read in samples:
+        images.append(pixels.to(device, non_blocking=True).float() / 255)
+        target = {k: v.to(device, non_blocking=True) for k, v in read.items() if k in ("boxes", "labels", "mask_bits")}
+        if "mask_bits" in target:
+            target["masks"] = unpacked(target.pop("mask_bits"), pixels.shape[-1])
+        targets.append(target)
     return flip_some(images, targets) if flip else (images, targets)
 
 
@@ -117,10 +124,13 @@ def run_label(resolved: Resolved[DetectSGDConfig], annotations: Path) -> str:
     return re.sub(r"[^\w.-]+", "-", "-".join([annotations.stem, config.loss, *extra]))
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory so far, in 10^9 bytes: of a GPU what torch held at once, else what this process had in RAM."""
+def peak_memory_gb(device: torch.device) -> float | None:
+    """The most memory so far, in 10^9 bytes: of a GPU what torch held at once, else what this process had in RAM. None: the
+    system does not say."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 

@@ -80,7 +80,7 @@ def run(resolved: Resolved[DetectTrainConfig], annotations: Annotations, images:
 
 
 def seconds_a_step(config: DetectTrainConfig, annotations: Annotations, images: Path, reporter: Reporter, *, offline: bool,
-                   trial_steps: int) -> tuple[float, float]:  # fmt: skip
+                   trial_steps: int) -> tuple[float, float | None]:  # fmt: skip
     """What a step of ``run`` takes here, by a few after the first, and the peak memory in 10^9 bytes; nothing is written.
 
     Raises: as ``run``.
