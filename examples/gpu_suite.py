@@ -87,6 +87,7 @@ def run(part: Part, seconds: float) -> dict[str, Any]:
 def paper_run(data: Path, device: str, rehearse: bool) -> dict[str, Any]:
     """CIFAR-100-LT at imbalance factor 200 with the preset ``paper``: what a user types, in one workspace."""
     with tempfile.TemporaryDirectory() as folder:
+
         def balms(*arguments: str, options: tuple[str, ...] = ()) -> dict[str, Any]:
             command = [PYTHON, "-m", "balms_cli", *arguments, "--json", "--quiet", "--workspace", folder, *options]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -168,6 +168,7 @@ FIXED = Setting(0.02, 400, 0.0)
 
 def held_out(annotations: Annotations, regions: list[Regions]) -> tuple[Annotations, list[Regions], Annotations, list[Regions]]:
     """All but every fifth training image to fit on, and these to choose on. Categories, labels and priors stay those of all."""
+
     def part(keep: Callable[[int], bool]) -> tuple[Annotations, list[Regions]]:
         kept = [i for i in range(len(regions)) if keep(i)]
         return replace(annotations, images=[annotations.images[i] for i in kept]), [regions[i] for i in kept]

@@ -69,6 +69,7 @@ def photos(root: Path, counts: dict[str, int], mode: str = "RGB") -> Path:
 
 def bomb(path: Path, width: int, height: int) -> None:
     """A PNG of a few bytes that says it has so many pixels."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -454,8 +455,14 @@ def test_nothing_to_look_at_is_one_line(balms, tmp_path):
     (tmp_path / "empty.txt").write_text("# nothing\n")
     (tmp_path / "odd.json").write_text("[]")
     (tmp_path / "far.txt").write_text("a.png 0\nb.png 999999999\n")  # not a billion classes
-    for data in (tmp_path / "far.txt",
-                 tmp_path / "empty", tmp_path / "empty.txt", tmp_path / "odd.json", tmp_path / "nowhere", "digit"):
+    for data in (
+        tmp_path / "far.txt",
+        tmp_path / "empty",
+        tmp_path / "empty.txt",
+        tmp_path / "odd.json",
+        tmp_path / "nowhere",
+        "digit",
+    ):
         done = balms("audit", data)
         assert done.code == 3 and done.out == "" and len(done.err.strip().splitlines()) == 1
     assert "did you mean 'digits'" in done.err

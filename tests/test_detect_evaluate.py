@@ -97,7 +97,7 @@ def test_results_hold_what_the_detector_finds(trained, data):
 
 
 def test_categories_are_matched_by_name(trained, data, tmp_path):
-    """Other ids in another order, one category unknown to the detector, one of the detector's missing: the same detections."""
+    """Other ids in another order, one category unknown to the detector: the same detections, the same at the true boxes."""
     document = json.loads((data / "lvis_val.json").read_text())
     new = {3: 90, 12: 7, 34: 55}
     for entry in document["categories"]:
@@ -108,7 +108,7 @@ def test_categories_are_matched_by_name(trained, data, tmp_path):
         image["neg_category_ids"] = [new[id] for id in image["neg_category_ids"]]
     document["categories"].append({"id": 1, "name": "unicorn", "frequency": "r"})
     (tmp_path / "val.json").write_text(json.dumps(document))
-    common = ["detect", "evaluate", trained, "--json", "--images", data / "images", *FEW]
+    common = ["detect", "evaluate", trained, "--json", "--gt-boxes", "--images", data / "images", *FEW]
     one = json.loads(invoke(*common).out)
     other = invoke(*common, "--data", tmp_path / "val.json", "--save-results", tmp_path / "other.json")
     assert other.code == 0, other.err
@@ -119,6 +119,19 @@ def test_categories_are_matched_by_name(trained, data, tmp_path):
     assert [e["category_id"] for e in entries] == [new[e["category_id"]] for e in before]
     unicorn = next(row for row in other["per_category"] if row["name"] == "unicorn")
     assert (unicorn["train_images"], unicorn["bbox"]) == (0, None)
+    assert other["gt_box_accuracy"] == one["gt_box_accuracy"] and one["gt_box_accuracy"]["all"] > 0
+
+
+def test_what_the_annotations_do_not_know_is_left_out(trained, data, tmp_path):
+    document = json.loads((data / "lvis_val.json").read_text())
+    document["categories"] = [entry for entry in document["categories"] if entry["id"] != 12]
+    document["annotations"] = [a for a in document["annotations"] if a["category_id"] != 12]
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    done = invoke("detect", "evaluate", trained, "--json", "--images", data / "images", "--data", tmp_path / "val.json",
+                  "--save-results", tmp_path / "r.json", "--gt-boxes", *FEW)  # fmt: skip
+    assert done.code == 0 and "1 of the detector's categories are not in val.json" in done.err, done.err
+    entries = json.loads((tmp_path / "r.json").read_text())
+    assert entries and {entry["category_id"] for entry in entries} <= {3, 34}
 
 
 def test_without_a_common_category_there_is_nothing_to_score(trained, data, tmp_path):
@@ -194,14 +207,53 @@ def test_true_boxes_are_classified(trained, data):
 @pytest.mark.parametrize(("arguments", "code", "said"), [
     (["--results", "RESULTS"], 2, "--data"), (["--results", "NONE", "--data", "VAL"], 3, "does not exist"),
     (["--data", "NONE", "RUN"], 3, "does not exist"), (["RUN", "RUN", "--save-results", "x.json"], 2, "one file"),
-    (["RUN", "--per-category", "x.txt"], 2, ".csv"), (["RUN", "--images", "NONE"], 3, "does not exist"),
+    (["RUN", "--per-category", "x.txt"], 2, ".csv"), (["RUN", "--per-category", "FOLDER.csv"], 2, "is a folder"),
+    (["RUN", "--save-results", "NONE/x.json"], 2, "lies in none"), (["RUN", "--images", "NONE"], 3, "does not exist"),
     (["NONE"], 4, "NONE"), ([], 3, "balms detect train"),
 ])  # fmt: skip
-def test_wrong_use_is_one_clear_line(trained, data, tmp_path, balms, arguments, code, said):
+def test_wrong_use_is_one_clear_line(trained, data, tmp_path, balms, monkeypatch, arguments, code, said):
     (tmp_path / "r.json").write_text("[]")
-    names = {"RESULTS": tmp_path / "r.json", "NONE": tmp_path / "NONE", "VAL": data / "lvis_val.json", "RUN": trained}
+    (tmp_path / "f.csv").mkdir()
+    monkeypatch.setattr("balms_cli.detection.evaluate.Detector.look", lambda *_: pytest.fail("looked at photos first"))
+    names = {"RESULTS": tmp_path / "r.json", "NONE": tmp_path / "NONE", "VAL": data / "lvis_val.json", "RUN": trained,
+             "FOLDER.csv": tmp_path / "f.csv", "NONE/x.json": tmp_path / "NONE" / "x.json"}  # fmt: skip
     done = balms("detect", "evaluate", *(names.get(a, a) for a in arguments), "--quiet")
     assert done.code == code and said in done.err and done.err.strip().count("\n") == 0, done.err
+
+
+def test_runs_of_one_name_are_told_apart(data, tmp_path):
+    runs = [a_run(tmp_path / place / "run", data, seed=k, masks=False) for k, place in enumerate("ab")]
+    done = invoke("detect", "evaluate", *runs, "--top", "1", *FEW)
+    assert done.code == 0, done.err
+    for name in ("a/run", "b/run"):
+        assert f"{name}: categories with fewest" in done.err and f" {name} " in done.err[done.err.index("LVIS metrics") :]
+
+
+def test_a_run_without_a_common_category_is_refused_before_another_is_scored(trained, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("balms_cli.detection.evaluate.Detector.look", lambda *_: pytest.fail("looked at photos first"))
+    other = a_run(tmp_path / "other", data)
+    from balms_cli.detection.model import load_detector
+
+    model, header = load_detector(other / "model.safetensors")
+    named = [c.model_copy(update={"name": f"no {c.name}"}) for c in header.categories]
+    save_detector(other / "model.safetensors", model, header.model_copy(update={"categories": named}))
+    with pytest.raises(CheckpointError, match="no category in common"):
+        run(DetectEvaluateConfig(device="cpu", workers=0), [trained / "model.safetensors", other / "model.safetensors"])
+
+
+def test_a_plot_of_masks_needs_masks(data, tmp_path):
+    """The only category with a count of training images has no mask: there was an empty plot, or a bug's traceback."""
+    document = json.loads((data / "lvis_val.json").read_text())
+    for entry in document["categories"][1:]:
+        del entry["image_count"]
+    for annotation in document["annotations"]:
+        if annotation["category_id"] == 3:
+            annotation["segmentation"] = None
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    (tmp_path / "r.json").write_text(json.dumps(noisy(data / "lvis_val.json")))
+    done = invoke("detect", "evaluate", "--results", tmp_path / "r.json", "--data", tmp_path / "val.json", "--per-category",
+                  tmp_path / "c.png")  # fmt: skip
+    assert done.code == 3 and "training images" in done.err and not (tmp_path / "c.png").exists()
 
 
 def test_a_plot_needs_training_images(data, tmp_path):
@@ -237,11 +289,14 @@ def test_two_processes_find_what_one_finds(trained, data, tmp_path):
     """Images shared out, results gathered in order: the same file but for rounding of the network's sums."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617", "-m",
                "balms_cli", "detect", "evaluate", trained, "--json", "--gt-boxes", "--save-results", tmp_path / "two.json",
-               *FEW]  # fmt: skip
+               "--report", tmp_path / "report", *FEW]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(a) for a in command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout)
+    told = json.loads((tmp_path / "report" / "report.json").read_text())["runs"][0]
+    assert told["true_boxes"]["all"]["value"] == pytest.approx(two["gt_box_accuracy"]["all"], rel=1e-5)
+    assert told["detections"] == two["detections"]
     one = json.loads(invoke("detect", "evaluate", trained, "--json", "--gt-boxes", *FEW).out)
     assert two["gt_box_accuracy"] == pytest.approx(one["gt_box_accuracy"]) and two["detections"] == one["detections"]
     ours, theirs = (json.loads(file.read_text()) for file in (trained / "results_lvis_val.json", tmp_path / "two.json"))

@@ -345,6 +345,8 @@ class TestPython:
             picture = results.write(Photo(path, pixels, []))
             assert picture.is_file() and picture.parent == tmp_path / "out"
         assert len(list((tmp_path / "out").iterdir())) == 5
+        picture = results.write(Photo("d/x" + "é" * 120 + ".jpg", pixels, []))
+        assert picture.name == "x" + "é" * 99 + ".jpg"  # cut between two letters, not within one
 
     def test_a_full_disk_leaves_no_half_picture(self, tmp_path, monkeypatch):
         from balms_cli.errors import DataError

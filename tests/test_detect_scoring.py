@@ -172,6 +172,60 @@ def test_what_a_file_lacks_is_made_up_for(drawn, tmp_path):
     assert load_ground_truth(tmp_path / "val.json", dict.fromkeys(counts, "f")).groups == dict.fromkeys(counts, "f")
 
 
+def test_an_object_without_a_mask_makes_nothing_there_wrong(drawn, tmp_path):
+    """As one that is not marked: its photo says nothing of its category, where masks are scored; boxes know where it is."""
+    document = json.loads(drawn.read_text())
+    for image in document["images"]:
+        del image["neg_category_ids"]
+    gone = next(a for a in document["annotations"] if a["area"])
+    (tmp_path / "whole.json").write_text(json.dumps(document))
+    open_ = json.loads((tmp_path / "whole.json").read_text())
+    next(i for i in open_["images"] if i["id"] == gone["image_id"])["not_exhaustive_category_ids"].append(gone["category_id"])
+    open_["annotations"] = [a for a in open_["annotations"] if a["id"] != gone["id"]]
+    (tmp_path / "open.json").write_text(json.dumps(open_))
+    gone["segmentation"] = None
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    found = noisy(drawn)
+    assert score(tmp_path / "val.json", found, "segm") == score(tmp_path / "open.json", found, "segm")
+    assert score(tmp_path / "val.json", found, "bbox") == score(tmp_path / "whole.json", found, "bbox")
+
+
+@pytest.mark.parametrize("mark", ["iscrowd", "ignore"])
+def test_what_is_found_in_a_crowd_is_not_wrong(drawn, tmp_path, mark):
+    """COCO's crowd regions: the same as a category that is not marked wherever it is in that photo, and no object."""
+    document = json.loads(drawn.read_text())
+    for image in document["images"]:
+        del image["neg_category_ids"]
+    crowd = next(a for a in document["annotations"] if a["area"])
+    told = json.loads(json.dumps(document))
+    next(i for i in told["images"] if i["id"] == crowd["image_id"])["not_exhaustive_category_ids"].append(crowd["category_id"])
+    told["annotations"] = [a for a in told["annotations"] if a["id"] != crowd["id"]]
+    (tmp_path / "told.json").write_text(json.dumps(told))
+    (tmp_path / "closed.json").write_text(json.dumps({**told, "images": document["images"]}))
+    crowd[mark] = 1
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    found, (val, open_, closed) = noisy(drawn), (tmp_path / f"{name}.json" for name in ("val", "told", "closed"))
+    assert score(val, found, "bbox") == score(open_, found, "bbox") != score(closed, found, "bbox")
+    assert load_ground_truth(val).left_out["crowd regions"] == 1
+
+
+@pytest.mark.parametrize("kind", ["images", "categories"])
+def test_ids_of_more_than_64_bits_are_refused(drawn, tmp_path, kind):
+    document = json.loads(drawn.read_text())
+    document[kind][0]["id"] = 2**63
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="64 bits"):
+        load_ground_truth(tmp_path / "val.json")
+
+
+def test_training_images_beyond_reason_are_not_believed(drawn, tmp_path):
+    document = json.loads(drawn.read_text())
+    for entry, count in zip(document["categories"], (10**400, -1, True, 1.5, 0, 10**12), strict=True):
+        entry["image_count"] = count
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    assert list(load_ground_truth(tmp_path / "val.json").train_counts.values()) == [0, 10**12]
+
+
 def test_an_object_numbered_0_can_be_found(drawn, tmp_path):
     """The official tool takes it for missed: 0 is its sign of no match."""
     document = json.loads(drawn.read_text())

@@ -75,7 +75,7 @@ def test_parts_are_kept_as_they_end_and_skipped_by_the_name_of_what_is_missing(s
         suite.Part("breaks", say("raise SystemExit('no room')"), 60),
         suite.Part("is wrong", say("print('{\"passed\": false}'); raise SystemExit(1)"), 60),
         suite.Part("hangs", say("import time; time.sleep(60)"), 1),
-        suite.Part("only on a GPU", say("print('{\"passed\": null, \"skipped\": [\"no GPU\"]}')"), 60),
+        suite.Part("only on a GPU", say('print(\'{"passed": null, "skipped": ["no GPU"]}\')'), 60),
     ]
     monkeypatch.setattr(suite, "plan", lambda *a: seen.append(a) or parts)
     monkeypatch.setattr("sys.argv", ["gpu_suite.py"])

@@ -238,6 +238,7 @@ class TestTemperature:
         logits_NC = RNG.normal(size=(300, 7)) * 4
         labels_N = np.array([RNG.choice(7, p=softmax(z / 2.5)) for z in logits_NC])
         for shift_C in (None, RNG.normal(size=7)):
+
             def nll(log_t, shift_C=shift_C):
                 logp_NC = log_softmax(logits_NC / np.exp(log_t) + (0 if shift_C is None else shift_C), axis=1)
                 return -logp_NC[np.arange(300), labels_N].mean()
@@ -300,8 +301,13 @@ class TestTemperature:
         with monkeypatch.context() as patch:
             patch.setattr(predict, "fit_temperature", lambda *a: pytest.fail("fitted again"))
             assert predict.load(run_with_val).temperature.value == found.value
-        for damage in ({"temperature": 1e9}, {"temperature": "x"}, {"images": []},
-                       {"temperature": 9.0, "model_sha256": "0" * 64}, {"temperature": 9.0, "precision": "fp8"}):
+        for damage in (
+            {"temperature": 1e9},
+            {"temperature": "x"},
+            {"images": []},
+            {"temperature": 9.0, "model_sha256": "0" * 64},
+            {"temperature": 9.0, "precision": "fp8"},
+        ):
             kept.write_text(json.dumps(json.loads(kept.read_text()) | damage))
             assert predict.load(run_with_val).temperature == found  # fitted anew, and kept
         infinite = kept.read_text().replace(f'"images": {found.images}', '"images": 1e999')

@@ -187,6 +187,7 @@ def test_no_decimal_stands_outside_of_a_number_element(page_of_several):
 
 def _own_text(page: Page, apart: set[str]):
     """The text of the page without that of the tags ``apart``."""
+
     class Reader(type(page)):
         def __post_init__(self):
             self.kept = []
@@ -371,6 +372,7 @@ def test_colours_of_figures_are_the_page_s_own(page_of_several):
 
 def contrast(a: str, b: str) -> float:
     """WCAG 2's contrast ratio of two colours."""
+
     def light(colour: str) -> float:
         channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
@@ -630,7 +632,7 @@ def test_a_command_of_the_advice_survives_the_shell(single):
 
 
 def test_elements_escape_what_is_in_them():
-    assert tag("p", "<b>&\"'", title='"><script>') == "<p title=\"&quot;&gt;&lt;script&gt;\">&lt;b&gt;&amp;&quot;&#x27;</p>"
+    assert tag("p", "<b>&\"'", title='"><script>') == '<p title="&quot;&gt;&lt;script&gt;">&lt;b&gt;&amp;&quot;&#x27;</p>'
     assert escape(escape("<")) == "&lt;" and escape("a\0b\ud800") == "a\\x00b\\ud800"
     assert tag("a", hidden=False, open=True, class_=None) == "<a open></a>"
     assert named("x" * 50, 10) == f'<bdi title="{"x" * 50}">{"x" * 9}…</bdi>'

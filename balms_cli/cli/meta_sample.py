@@ -1,6 +1,5 @@
 """``balms meta-sample``."""
 
-
 from typer import Context
 
 from . import options as o

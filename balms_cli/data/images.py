@@ -63,7 +63,8 @@ def root_of(manifest: Manifest) -> str:
     """The real path of the folder that holds a manifest's image files. Raises: DataError where it is gone."""
     root = Path(manifest.source["root"])
     if not root.is_dir():
-        raise DataError(f"the images' folder {printable(str(root))} is gone; bring it back, or run balms make-lt on its new place")
+        where = printable(str(root))
+        raise DataError(f"the images' folder {where} is gone; bring it back, or run balms make-lt on its new place")
     return os.path.realpath(root)
 
 

@@ -10,14 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data.aside import printable
 from ..errors import DataError
+from ..report.detector_document import Truth
 from .header import frequency_group
-from .lvis_json import MAX_SIDE, read_json
+from .lvis_json import MAX_SIDE, file_name, read_json
 from .outlines import clip_polygon, compressed
 
 GROUPS = ("r", "c", "f")
 _FARTHEST = 1e9  # pixels
+_INT64, _MOST = 2**63, 10**12  # ids, and images of a category
 CROWD, STRAY, NO_AREA, NO_BOX = "crowd regions", "annotations of no image or category", "objects without area", "bad boxes"
 NO_MASK = "objects without a usable mask"
 
@@ -46,6 +50,8 @@ class GroundTruth:
     left_out: Counter[str] = field(default_factory=Counter)
     train_counts: dict[int, int] = field(default_factory=dict)  # "image_count", which LVIS has of the training images
     notes: list[str] = field(default_factory=list)  # what the file lacks, and what was taken instead
+    sha256: str = ""
+    files: dict[int, str | None] = field(default_factory=dict)  # by image id; None where the name cannot be used
 
     def image_counts(self) -> dict[int, int]:
         """Images with an object, by category id."""
@@ -54,6 +60,14 @@ class GroundTruth:
     def instance_counts(self) -> dict[int, int]:
         counts = Counter(thing.category for thing in self.objects)
         return {id: counts[id] for id in self.names}
+
+    def for_report(self) -> Truth:
+        """The same with places instead of ids."""
+        image, category = ({id: place for place, id in enumerate(ids)} for ids in (self.sizes, self.names))
+        return Truth(self.path, self.sha256, list(self.names), list(self.names.values()), list(self.groups.values()),
+                     list(self.sizes), list(self.sizes.values()), np.array([image[o.image] for o in self.objects]),
+                     np.array([category[o.category] for o in self.objects]), np.array([o.box for o in self.objects]),
+                     dict(self.left_out), self.notes)  # fmt: skip
 
     @property
     def has_masks(self) -> bool:
@@ -70,7 +84,7 @@ def load_ground_truth(path: str | Path, frequencies: dict[int, str] | None = Non
     id -> r, c or f) or ``by_name``, else by the number of its own images. Raises: DataError (exit 3).
     """
     path = Path(path)
-    document, _ = read_json(path)
+    document, sha256 = read_json(path)
     if not isinstance(document, dict):
         raise DataError(f"{path} is not an object with images, annotations and categories, as LVIS and COCO have it")
     for key in ("images", "annotations", "categories"):
@@ -85,13 +99,16 @@ def load_ground_truth(path: str | Path, frequencies: dict[int, str] | None = Non
         [],
         {},
         defaultdict(set),
+        sha256=sha256,
+        files={id: _file(entry, id, path) for id, entry in images.items()},
     )
     exhaustive = not any("neg_category_ids" in entry for entry in images.values())
     everything = list(categories)
     for id, entry in images.items():
         truth.absent[id] = everything if exhaustive else _known(entry.get("neg_category_ids"), categories)
         truth.open[id] |= set(_known(entry.get("not_exhaustive_category_ids"), categories))
-    truth.train_counts = {id: n for id, entry in categories.items() if type(n := entry.get("image_count")) is int and n >= 0}
+    counts = {id: entry.get("image_count") for id, entry in categories.items()}
+    truth.train_counts = {id: n for id, n in counts.items() if type(n) is int and 0 <= n <= _MOST}
     for entry in document["annotations"]:
         _add(truth, entry)
     if not truth.objects:
@@ -108,8 +125,8 @@ def _by_id(entries: list[dict[str, Any]], kind: str, path: Path) -> dict[int, di
     found: dict[int, dict[str, Any]] = {}
     for entry in entries:
         id = entry.get("id")
-        if type(id) is not int or id in found:
-            raise DataError(f"{path}: one of the {kind} ids is not an integer, or there twice")
+        if type(id) is not int or not -_INT64 <= id < _INT64 or id in found:
+            raise DataError(f"{path}: one of the {kind} ids is not an integer (of 64 bits), or there twice")
         found[id] = entry
     return dict(sorted(found.items()))
 
@@ -119,6 +136,13 @@ def _size(entry: dict[str, Any], path: Path) -> tuple[int, int]:
     if not all(type(side) in (int, float) and 1 <= side <= MAX_SIDE and side == int(side) for side in sides):
         raise DataError(f"{path}: image {entry['id']} has no usable width and height (pixels, from 1 to {MAX_SIDE})")
     return int(sides[0]), int(sides[1])
+
+
+def _file(entry: dict[str, Any], id: int, path: Path) -> str | None:
+    try:
+        return file_name(entry, id, path)
+    except DataError:  # for scoring no file is needed
+        return None
 
 
 def _known(ids: Any, categories: dict[int, Any]) -> list[int]:

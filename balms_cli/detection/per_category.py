@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data.aside import printable, replace_file
+from ..data.aside import inert, printable, replace_file
 from ..errors import ConfigError, DataError
 from .ground_truth import GroundTruth
 from .header import DetectHeader
@@ -31,6 +31,8 @@ def check_target(path: Path) -> None:
     """Raises ConfigError (exit 2) for a file whose ending is none of those that are written."""
     if path.suffix.lower() not in ENDINGS:
         raise ConfigError(f"--per-category {path}: its ending says what is written, one of {', '.join(ENDINGS)}")
+    if path.is_dir():
+        raise ConfigError(f"--per-category {path} is a folder: give the name of a file")
     if not path.parent.is_dir():
         raise ConfigError(f"--per-category {path}: the folder {path.parent} does not exist")
 
@@ -44,7 +46,7 @@ def table_text(scored: list[tuple[str, list[dict[str, Any]]]], ending: str) -> s
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: printable(str(v)) if key in ("run", "name") else v for key, v in row.items()} for row in rows)
+    writer.writerows({key: inert(printable(str(v))) if key in ("run", "name") else v for key, v in row.items()} for row in rows)
     return text.getvalue()
 
 
@@ -58,9 +60,9 @@ def ends(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return tested if len(tested) <= 2 * count else [*tested[:count], *tested[len(tested) - count :]]
 
 
-def plotted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a plot against training images can show. Raises DataError where there is nothing."""
-    shown = [row for row in rows if row["objects"] and row["train_images"] is not None]
+def plotted(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """What a plot of AP of ``kind`` against training images can show. Raises DataError where there is nothing."""
+    shown = [row for row in rows if row[kind] is not None and row["train_images"] is not None]
     if not shown:
         raise DataError("neither a run nor the annotations (image_count) say how many training images a category had: no plot")
     return shown

@@ -220,7 +220,9 @@ class Results:
 
     def _name(self, path: str) -> str:
         """The photo's own name, with a number where another folder's photo has it already."""
-        stem = os.fsdecode(os.fsencode(Path(path).stem)[:_LONGEST])
+        stem = Path(path).stem
+        while len(os.fsencode(stem)) > _LONGEST:
+            stem = stem[:-1]  # a letter at a time: half of one is no name on every file system
         name, number = f"{stem}.jpg", 1
         while name.casefold() in self._names or (self.folder / name).exists():
             number += 1

@@ -15,9 +15,11 @@ import numpy as np
 
 from ..data.aside import printable, replace_file
 from ..errors import DataError
+from ..report.detector_document import Found
 from .lvis_json import read_json
 from .outlines import compressed
 
+KINDS = {"bbox": "boxes", "segm": "masks"}
 MOST = 300  # detections an image that LVIS scores
 _PER_BYTE = 6  # bytes of memory that a byte of a file takes while it is parsed and scored, at most
 _LARGEST = 1e15  # of a score or a coordinate
@@ -57,6 +59,20 @@ class Results:
         place = np.arange(len(images)) - np.repeat(first, np.diff(np.r_[first, len(images)]))
         kept = order[place < most]
         return self if len(kept) == len(self) else self.take(np.sort(kept))
+
+    def for_report(self, image_place: Mapping[int, int], category_place: Mapping[int, int], sizes: Mapping[int, tuple[int, int]]
+                   ) -> Found:  # fmt: skip
+        """The same with places instead of ids, and with boxes: those of the masks where there are no others."""
+        boxes = self.boxes
+        if boxes is None:
+            import hotcoco
+
+            ids = self.image_ids.tolist()
+            rles = [{"size": [*sizes[id][::-1]], "counts": counts} for id, counts in zip(ids, self.counts or [], strict=True)]
+            boxes = np.array(hotcoco.mask.to_bbox(rles), np.float64) if rles else np.empty((0, 4))
+        places = ([of[id] for id in ids.tolist()] for of, ids in ((image_place, self.image_ids),
+                                                                  (category_place, self.category_ids)))  # fmt: skip
+        return Found(*(np.array(column, np.int64) for column in places), self.scores, boxes.reshape(-1, 4))
 
     def write(self, path: Path, sizes: Mapping[int, tuple[int, int]]) -> None:
         """The JSON list that ``lvis.LVISResults`` takes. ``sizes``: (width, height) by image id."""

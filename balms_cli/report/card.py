@@ -76,8 +76,10 @@ def implied_prior(header: Header, shown: Callable[[str], str] = printable) -> st
     if is_law(1 / counts_C):
         return f"Raw scores are right where the rare classes are the frequent ones (shares 1/n: over-balanced){otherwise}"
     most, least = int(share_C.argmax()), int(share_C.argmin())
-    return (f"Raw scores are right for class shares of their own, from {100 * share_C[most]:.3g} % "
-            f"({shown(header.classes[most])}) down to {100 * share_C[least]:.3g} % ({shown(header.classes[least])}){otherwise}")
+    return (
+        f"Raw scores are right for class shares of their own, from {100 * share_C[most]:.3g} % "
+        f"({shown(header.classes[most])}) down to {100 * share_C[least]:.3g} % ({shown(header.classes[least])}){otherwise}"
+    )
 
 
 def markdown(text: str) -> str:

@@ -45,10 +45,10 @@ def render(document: dict[str, Any], pictures: dict[tuple[int, str], str], repor
             task.advance()
     body = join([tag("a", "Skip to the results", href="#main", class_="skip"), _header(page), tag("main", *sections, id="main"),
                  _footer(page)])  # fmt: skip
-    return _whole(page, Safe(body.replace("</data> %", "</data>\u00a0%"))), page.files
+    return whole(page, Safe(body.replace("</data> %", "</data>\u00a0%"))), page.files
 
 
-def _whole(page: Parts, body: Safe) -> str:
+def whole(page: Parts, body: Safe) -> str:
     css = sheet(page.styles.css())
     policy = (f"default-src 'none'; img-src data:; style-src '{_hash(css)}'; script-src '{_hash(SCRIPT)}'; base-uri 'none'; "
               "form-action 'none'")  # fmt: skip
@@ -119,4 +119,3 @@ def _footer(page: Parts) -> Safe:
     return tag("footer", tag("p", "Made by balms", f" {version}" if version else "", " from ", link("report.json"),
                              ", which holds every number of this page. Tables: ", link("classes.csv"), ", ", link("runs.csv"),
                              ", ", link("report.md"), "."))  # fmt: skip
-

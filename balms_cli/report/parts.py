@@ -60,13 +60,13 @@ def folded(summary: Any, *content: Any, opened: bool = False) -> Safe:
     return tag("details", tag("summary", summary), *content, open=opened)
 
 
-_SHAPES = {"o": '<circle cx="5" cy="5" r="4.5"/>', "s": '<rect x=".8" y=".8" width="8.4" height="8.4"/>',
+SHAPES = {"o": '<circle cx="5" cy="5" r="4.5"/>', "s": '<rect x=".8" y=".8" width="8.4" height="8.4"/>',
            "^": '<path d="M5 .4 9.8 9.4H.2z"/>'}  # fmt: skip
 
 
 def group_key(group: str) -> Safe:
     """A shot group's name with its mark."""
-    mark = Safe(f'<svg class="key {group}" viewBox="0 0 10 10" aria-hidden="true">{_SHAPES[MARKERS[group]]}</svg>')
+    mark = Safe(f'<svg class="key {group}" viewBox="0 0 10 10" aria-hidden="true">{SHAPES[MARKERS[group]]}</svg>')
     return tag("span", mark, f"{group}-shot", class_="group")
 
 

@@ -38,8 +38,13 @@ def data(page: Parts) -> Safe:
     own = [page.run(i) for i, run in enumerate(page.view.runs) if run["train_counts"] is not None]
     note = say("Trained on other counts of these classes, which their groups follow: ", listed(own), ".", quiet=True)
     caption = join(["Shot groups", tag("small", "by a class’s training images")])
-    return section("data", "The data", lede, note if own else None,
-                   grid(page.figure(figures.class_counts), tag("div", table(caption, head, rows), known, class_="side")))
+    return section(
+        "data",
+        "The data",
+        lede,
+        note if own else None,
+        grid(page.figure(figures.class_counts), tag("div", table(caption, head, rows), known, class_="side")),
+    )
 
 
 def _facts(pairs: list[tuple[str, Any]]) -> Safe:
@@ -147,4 +152,3 @@ def provenance(page: Parts) -> Safe:
 
 def _when(stamp: str) -> Safe:
     return tag("time", stamp[:16].replace("T", " ") + " UTC", datetime=stamp) if stamp[10:11] == "T" else escape(stamp)
-

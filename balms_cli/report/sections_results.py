@@ -76,8 +76,12 @@ def groups(page: Parts) -> Safe:
     if not page.several:
         rows = [[_WORDS[m], n.percent("runs", 0, "metrics", m, "value"), n.interval("runs", 0, "metrics", m)] for m in columns
                 if view.runs[0]["metrics"][m]]  # fmt: skip
-        return section("groups", "Accuracy by shot group", lede,
-                       grid(page.figure(figures.groups), table("Accuracy, %", ["", "value", "interval"], rows)))
+        return section(
+            "groups",
+            "Accuracy by shot group",
+            lede,
+            grid(page.figure(figures.groups), table("Accuracy, %", ["", "value", "interval"], rows)),
+        )
     notes = []
     if page.document["differences"]:
         notes.append(say("Runs on the same images are compared image by image. A difference is called real where its interval "
@@ -125,8 +129,10 @@ def _difference_table(page: Parts, columns: list[str]) -> Safe | None:
     if not rows:
         return None
     caption = join(["Points more than ", page.run(0), tag("small", "on the same test images, with intervals")])
-    return folded("Every difference with its interval",
-                  table(caption, ["run", "accuracy of", "difference", "interval", ""], rows, class_="tall"))
+    return folded(
+        "Every difference with its interval",
+        table(caption, ["run", "accuracy of", "difference", "interval", ""], rows, class_="tall"),
+    )
 
 
 def _seeds(page: Parts, columns: list[str]) -> list[Safe]:

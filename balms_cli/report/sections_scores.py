@@ -104,6 +104,6 @@ def marginal(page: Parts) -> Safe:
     small = tag("small", "mean by group; variance over the classes; divergence from level, in nats")
     caption = join(["p(y) as a multiple of 1/C", small])
     numbers = table(caption, ["run", *GROUPS, "variance", "KL"], rows)
-    return section("marginal", "Marginal likelihood p(y)", lede, warning if notes else None,
-                   grid(page.figure(figures.marginal), numbers))
-
+    return section(
+        "marginal", "Marginal likelihood p(y)", lede, warning if notes else None, grid(page.figure(figures.marginal), numbers)
+    )

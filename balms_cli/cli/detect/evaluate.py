@@ -11,6 +11,7 @@ from ..execute import Params, in_world, resolve_params
 from . import common as c
 
 
+@o.having(o.CONFIG, o.MACHINE, o.WORKSPACE, o.TELLING)
 def command(
     ctx: Context,
     runs: Annotated[list[str] | None, Argument(metavar="RUN...", help="Detectors to score side by side, - for stdin "
@@ -24,6 +25,9 @@ def command(
                                             autocompletion=o.complete("hotcoco", "lvis"))] = None,
     gt_boxes: Annotated[bool, Option("--gt-boxes", help="Classify the true boxes too: accuracy of rare, common and frequent "
                                      "categories without what proposals miss.")] = False,
+    report: Annotated[Path | None, Option(metavar="FOLDER", help="Write a report there: one page (index.html), its figures as "
+                                          "PNG, its numbers as JSON and CSV.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier report in --report.")] = False,
     require: Annotated[list[str] | None, Option(metavar="EXPR", help="Gate such as 'AP_r>=0.10' (of masks where there are "
                                                 "some) or 'bbox.AP>=20%'; repeatable; exit 6 where one is not met.")] = None,
     per_category: Annotated[list[Path] | None, Option("--per-category", metavar="FILE", help="Write AP and training images of "
@@ -32,16 +36,7 @@ def command(
     save_results: Annotated[Path | None, Option("--save-results", metavar="FILE", help="Where the detections are written in "
                                                 "LVIS's format (default: in the run's folder).")] = None,
     batch_size: o.BatchSize = None,
-    config: o.ConfigFile = None,
-    sets: o.Sets = None,
-    print_config: o.PrintConfig = False,
-    device: o.Device = None,
-    precision: o.Precision = None,
-    workers: o.Workers = None,
-    workspace: o.Workspace = Path("balms-runs"),
-    json: o.Json = False,
-    quiet: o.Quiet = False,
-    debug: o.Debug = False,
+    **options,
 ) -> None:  # fmt: skip
     """Score detectors by LVIS's rules: AP of boxes and masks, overall and of rare, common and frequent categories.
 
@@ -67,7 +62,8 @@ def _evaluate(params: Params, world) -> None:
 
     world = world or ALONE
     evaluation = run(resolved.config, files, params["results"], reporter, save=params["save_results"],
-                     gt_boxes=params["gt_boxes"], world=world)  # fmt: skip
+                     gt_boxes=params["gt_boxes"], report=params["report"], overwrite=params["overwrite"],
+                     world=world)  # fmt: skip
     _show_categories(evaluation.scored, params["top"], reporter)
     if world.main:
         _write_categories(evaluation.scored, targets, reporter)
@@ -89,23 +85,20 @@ def _checkpoints(params: Params, reporter) -> list[Path]:
     return [c.newest(params, ("detect-train", "detect-finetune"), reporter)]
 
 
-def _name(one: dict) -> str:
-    return Path(one["run"] or one["results"]).name
-
-
 def _show_categories(scored: list[dict], top: int, reporter) -> None:
     """The rarest and the most frequent categories of each run."""
     from ...data.aside import printable
+    from ...detection.evaluate import names_of
     from ...detection.per_category import ends
 
     kinds = {"bbox": "AP boxes", "segm": "AP masks"}
-    for one in scored if top else []:
+    for name, one in zip(names_of(scored), scored, strict=True) if top else []:
         there = [kind for kind in kinds if kind in one]
         rows = [[printable(row["name"]), row["frequency"], "-" if row["train_images"] is None else f"{row['train_images']:,}",
                  f"{row['images']:,}", f"{row['objects']:,}", *(f"{100 * row[kind]:.1f}" if row[kind] is not None else "-"
                                                                  for kind in there)]
                 for row in ends(one["per_category"], top)]  # fmt: skip
-        reporter.table(f"{printable(_name(one))}: categories with fewest and with most training images",
+        reporter.table(f"{name}: categories with fewest and with most training images",
                        ["category", "group", "training images", "images", "objects", *(kinds[kind] for kind in there)],
                        rows)  # fmt: skip
 
@@ -113,6 +106,7 @@ def _show_categories(scored: list[dict], top: int, reporter) -> None:
 def _write_categories(scored: list[dict], targets: list[Path], reporter) -> None:
     """Of several runs a table holds all, and a plot is a file each: NAME-RUN.png."""
     from ...data.aside import replace_file
+    from ...detection.evaluate import names_of
     from ...detection.per_category import plotted, write_table
 
     for target in targets:
@@ -122,9 +116,8 @@ def _write_categories(scored: list[dict], targets: list[Path], reporter) -> None
             continue
         from ...report.categories import category_png
 
-        for number, one in enumerate(scored, 1):
+        for number, (name, one) in enumerate(zip(names_of(scored), scored, strict=True), 1):
             kind = "segm" if "segm" in one else "bbox"
-            rows = [row for row in plotted(one["per_category"]) if row[kind] is not None]
             path = target if len(scored) == 1 else target.with_name(f"{target.stem}-{number}{target.suffix}")
-            replace_file(path, category_png(_name(one), rows, kind))
-            reporter.note(f"categories of {_name(one)}: {path}")
+            replace_file(path, category_png(name, plotted(one["per_category"], kind), kind))
+            reporter.note(f"categories of {name}: {path}")
