@@ -12,8 +12,10 @@
             measured here: they want a GPU for hours or days.
 """
 
+from dataclasses import replace
 from typing import Any
 
+from .config import Resolved
 from .errors import ConfigError
 
 _STAGE2 = {"steps": 2000, "batch_size": 512, "lr": 0.1, "weight_decay": 5e-4, "nesterov": True,
@@ -129,7 +131,9 @@ _METHODS: dict[tuple[str, Any], tuple[dict[str, Any], str]] = {
 def methods(chosen: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The layers that the methods in ``chosen`` (all values known so far) bring along: (source, values) each."""
     # A meta sampler draws by itself: a method's sampler does not hold beside it.
-    dropped = {"sampler"} if chosen.get("meta_sampler") else set()
+    # Class-balanced sampling is for softmax: with a balanced loss, asked for beside lws, it would over-balance.
+    balanced = chosen.get("classifier") == "lws" and chosen.get("loss", "softmax") != "softmax"
+    dropped = {"sampler"} if chosen.get("meta_sampler") or balanced else set()
     return [
         (f"method {source}", {k: v for k, v in values.items() if k not in dropped})
         for (key, value), (values, source) in _METHODS.items()
@@ -154,6 +158,17 @@ def choose(stage: str, kind: str, name: str | None, *, on_gpu: bool) -> tuple[st
     if name not in fitting:
         raise ConfigError(f"--preset {name}: there is none for this data; choose {' or '.join(fitting)}")
     return name, fitting[name]
+
+
+def with_fitting_warm_up(resolved: Resolved, images: int) -> Resolved:
+    """A preset's warm-up is made for trainings of its own length: of a shorter one (few images) it takes a tenth at most."""
+    config, source = resolved.config, resolved.sources["warmup_steps"]
+    most = max(1, config.total_steps(images) // 10)
+    if not source.startswith("preset") or config.warmup_steps <= most:
+        return resolved
+    told = f"preset {resolved.preset}, cut from {config.warmup_steps} to a tenth of the steps"
+    return replace(resolved, config=config.model_copy(update={"warmup_steps": most}),
+                   sources=resolved.sources | {"warmup_steps": told})  # fmt: skip
 
 
 def sources(stage: str, name: str) -> dict[str, str]:

@@ -123,6 +123,19 @@ def test_betas_that_adam_refuses_are_refused_before_it():
         resolve("retrain", sets=parse_set(["meta_betas=[2,3]"]))
 
 
+def test_a_misspelt_word_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"got 'balance' \(flag\); did you mean 'balanced'\?$"):
+        resolve("retrain", flags={"loss": "balance"})
+    with pytest.raises(ConfigError, match=r"got 'xyzzy' \(flag\)$"):
+        resolve("retrain", flags={"loss": "xyzzy"})
+
+
+def test_an_exponent_that_does_nothing_is_refused():
+    assert resolve("retrain", flags={"loss": "balanced", "loss_exponent": 0.25}).config.loss_exponent == 0.25
+    with pytest.raises(ConfigError, match="--loss softmax has none"):
+        resolve("pretrain", flags={"loss": "softmax", "loss_exponent": 2})
+
+
 def test_every_loss_of_a_detector_is_of_one_family():
     assert [loss for loss in DETECT_LOSSES if family_of(loss) == "sigmoid"] == [
         "sigmoid", "balanced-sigmoid", "focal", "equalization"]  # fmt: skip

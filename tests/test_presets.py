@@ -90,3 +90,26 @@ def test_print_config_says_where_each_value_comes_from(balms, tmp_path):
     (tmp_path / "again.toml").write_text(done.out)  # the dump, sources and all, reads back
     again = balms("pretrain", manifest, "--config", tmp_path / "again.toml", "--print-config")
     assert tomllib.loads(again.out)["pretrain"] == value
+
+
+@pytest.mark.parametrize(("images", "flags", "kept", "told"), [
+    (172, {}, 5, "preset quick, cut from 50 to a tenth of the steps"),  # 20 epochs of 3 batches
+    (40, {}, 1, "preset quick, cut from 50 to a tenth of the steps"),
+    (1_600, {}, 50, "preset quick"),  # 500 steps
+    (1_599, {"steps": 499}, 49, "preset quick, cut from 50 to a tenth of the steps"),
+    (40, {"warmup_steps": 15}, 15, "flag"),  # who says it, means it
+])  # fmt: skip
+def test_a_warm_up_leaves_room_for_the_training(images, flags, kept, told):
+    found = resolve("pretrain", preset=presets.choose("pretrain", "photos", "quick", on_gpu=False), flags=flags)
+    fitting = presets.with_fitting_warm_up(found, images)
+    assert (fitting.config.warmup_steps, fitting.sources["warmup_steps"]) == (kept, told)
+
+
+def test_lws_draws_by_class_for_softmax_alone():
+    def layers(**chosen):
+        return resolve("retrain", methods=presets.methods(chosen), flags=chosen).config
+
+    assert (layers(classifier="lws").loss, layers(classifier="lws").sampler) == ("softmax", "class")
+    both = layers(classifier="lws", loss="balanced")
+    assert (both.loss, both.sampler) == ("balanced", "instance")
+    assert layers(classifier="lws", loss="balanced", sampler="class").sampler == "class"

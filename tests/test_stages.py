@@ -19,7 +19,6 @@ from balms_cli.engine.distributed import World
 from balms_cli.engine.header import read_header
 from balms_cli.engine.run_dir import RunDir
 from balms_cli.reporter import Reporter
-from balms_cli.stages.common import total_steps
 from balms_cli.stages.features import bank_reader
 from balms_cli.stages.rates import rates_document, read_rates
 
@@ -229,7 +228,7 @@ def test_a_file_of_rates_that_will_not_do_is_refused_in_a_line(chain, tmp_path, 
 
 def test_the_last_pass_over_the_images_is_not_cut_short():
     config = resolve("retrain", flags={"epochs": 1.5, "batch_size": 16}).config
-    assert [total_steps(config, images) for images in (1, 32, 33, 49)] == [1, 3, 4, 5]
+    assert [config.total_steps(images) for images in (1, 32, 33, 49)] == [1, 3, 4, 5]
 
 
 def test_rates_are_written_so_that_they_can_be_read_back(chain, tmp_path):

@@ -1,5 +1,7 @@
 """Layers into one configuration, and a configuration into TOML."""
 
+import difflib
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,4 +132,8 @@ def _explain(error: Any, sources: dict[str, str]) -> str:
         return error["msg"].removeprefix("Value error, ")
     key = str(error["loc"][0])
     what = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return f"{key}: {what}, got {error['input']!r:.200} ({sources.get(key, 'default')})"
+    near = ""
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        known = re.findall("'([^']*)'", error["ctx"]["expected"])
+        near = "".join(f"; did you mean '{word}'?" for word in difflib.get_close_matches(error["input"], known, n=1))
+    return f"{key}: {what}, got {error['input']!r:.200} ({sources.get(key, 'default')}){near}"

@@ -1,5 +1,6 @@
 """The configurations of the commands on classification: every value with its meaning, default and remembered source."""
 
+import math
 from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -91,6 +92,16 @@ class TrainConfig(RunConfig):
         """The kind of classifier that is meant: ``auto`` is cosine for ldam, whose margin is one of angles, else linear."""
         chosen = self.classifier
         return ("cosine" if self.loss == "ldam" else "linear") if chosen == "auto" else chosen
+
+    def total_steps(self, images: int) -> int:
+        """Steps of the run: as given, or from the epochs over so many training images."""
+        return self.steps or max(1, math.ceil(self.epochs * images / self.batch_size))
+
+    @model_validator(mode="after")
+    def _check_exponent(self) -> "TrainConfig":
+        if self.loss_exponent != 1 and self.loss not in ("balanced", "logit-adjusted", "cost-sensitive"):
+            raise ValueError(f"loss_exponent is of balanced, logit-adjusted and cost-sensitive: --loss {self.loss} has none")
+        return self
 
     @model_validator(mode="after")
     def _check_head(self) -> "TrainConfig":

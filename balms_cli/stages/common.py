@@ -1,6 +1,5 @@
 """What the training stages share: images as tensors, the length of a run, provenance, and the end of a run."""
 
-import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import RunConfig, TrainConfig
+from ..config import RunConfig
 from ..data.aside import replace_file
 from ..data.feed import Images, InMemory, OnDisk
 from ..data.images import fits_memory, load_pixels
@@ -74,11 +73,6 @@ def channel_statistics(images: Images) -> tuple[tuple, tuple]:
     mean_3 = seen_3V @ value_V / count
     std_3 = ((seen_3V * (value_V - mean_3[:, None]) ** 2).sum(1) / (count - 1)).sqrt().clamp(min=1e-3)
     return tuple(round(m, 6) for m in mean_3.tolist()), tuple(round(s, 6) for s in std_3.tolist())
-
-
-def total_steps(config: TrainConfig, images: int) -> int:
-    """Steps of the run: as given, or from the epochs."""
-    return config.steps or max(1, math.ceil(config.epochs * images / config.batch_size))
 
 
 def provenance(manifest: Manifest, runtime: Runtime, **more: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from ..meta.reweigher import MetaReweigher
 from ..meta.sampler import MetaSampler
 from ..models.classifiers import Classifier, LWSHead, stage1_linear
 from ..reporter import Reporter
-from .common import check_classes, check_meta_set, total_steps
+from .common import check_classes, check_meta_set
 from .features import Features, read_features
 from .heads import fresh_head, training_loss, undecayed
 from .rates import read_rates
@@ -111,7 +111,7 @@ def fit_head(config: RetrainConfig, stage: str, model: Classifier, parent: Heade
     if not world.main:
         return None
 
-    steps = total_steps(config, len(train_set.labels))
+    steps = config.total_steps(len(train_set.labels))
     optimizer = make_sgd(head, config, undecayed(head, loss))
     parts: dict[str, Any] = {"head": head, "optimizer": optimizer}
     learner = _learner(config, counts_C, device)

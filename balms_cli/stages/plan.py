@@ -8,7 +8,6 @@ from ..data.manifest import Manifest
 from ..engine.run_dir import RunDir
 from ..engine.runtime import setup
 from ..reporter import Reporter
-from .common import total_steps
 
 _TRIAL_STEPS = 4
 
@@ -43,7 +42,7 @@ def show_plan(
     config = resolved.config
     runtime = setup(config.device, config.precision)
     images = len(manifest.splits["train"])
-    steps = total_steps(config, images)
+    steps = config.total_steps(images)
     rows = [
         ["data", f"{manifest.path} ({images} images, {len(manifest.classes)} classes)"],
         ["checkpoint", str(parent or config.model_dump().get("weights") or "from scratch")],

@@ -39,7 +39,6 @@ from .common import (
     finish,
     load_images,
     provenance,
-    total_steps,
 )
 from .end_to_end import Read, class_balanced, make_weigher, plain_step, reweighted_step
 from .heads import fresh_head, loss_name, training_loss, undecayed
@@ -190,7 +189,7 @@ def _begin(config: PretrainConfig, manifest: Manifest, reporter: Reporter, offli
     head = fresh_head(config, backbone.feature_dim, loss, len(counts_C), mix(config.seed, 5))
     model = Classifier(backbone, head).to(device, memory_format=torch.channels_last)
     if config.reweight == "none" and not config.frozen:
-        pixels = total_steps(config, len(manifest.splits["train"])) * config.batch_size * config.image_size**2
+        pixels = config.total_steps(len(manifest.splits["train"])) * config.batch_size * config.image_size**2
         compile_in_place(model.backbone, choose_compile(config.compile, pixels, device, reporter))
     return _Begun(runtime, images, meta_images, rates_C, mean, std, loss, model)
 
@@ -207,7 +206,7 @@ def _backbone(config: PretrainConfig, offline: bool):
 def _job(config: PretrainConfig, begun: _Begun, world: World) -> Job:
     """What stage 1 trains, and the step: draw, augment, forward, loss, backward, SGD."""
     runtime, model, loss, images, device = begun.runtime, begun.model, begun.loss, begun.images, begun.runtime.device
-    steps = total_steps(config, len(images.labels))
+    steps = config.total_steps(len(images.labels))
     index = ClassIndex(images.labels, len(model.head.weight))
     draw = batches(config.sampler, index, config.batch_size, steps, config.seed, begun.rates_C)
     optimizer = make_sgd(model, config, undecayed(model.head, loss))
