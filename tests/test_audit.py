@@ -296,7 +296,9 @@ def test_classes_without_images_here_or_there(balms, tmp_path):
     assert [(c["name"], c["train"], c["test"], c["group"]) for c in told["per_class"]] == [
         ("a", 6, 2, "few"), ("b", 5, 0, "few"), ("fox", 0, 1, None), ("owl", 0, 3, None), ("void", 0, 0, None)]  # fmt: skip
     assert told["tail"]["empty"] == 3 and told["tail"]["imbalance_factor"] == pytest.approx(6 / 5)
-    assert any("cannot be learned" in one["why"] for one in told["advice"])
+    (advice,) = [one["do"] for one in told["advice"] if "cannot be learned" in one["why"]]
+    places = ", ".join(str(root / name) for name in ("test/fox", "test/owl", "train/void"))
+    assert advice == f"give each of these training images, or remove it: {places}"
     done = balms("make-lt", root, "--as-is")
     assert done.code == 3  # what the audit calls stops_make_lt
 
@@ -371,6 +373,8 @@ def test_hostile_folder_ends_and_is_counted(balms, tmp_path):
         "not a regular file": 2, "a link in a circle": 1, "a link that leaves the folder": 3,
         "a control character or not UTF-8 in its name": 2, "more than 100 folders deep": 1}  # fmt: skip
     assert problems(told) == {"refused": 9, "listed-class-name": 1} and found(told)["links-again"] == 1
+    (message,) = [one["message"] for one in told["findings"] if one["kind"] == "refused"]
+    assert message.startswith("9 entries not read: a link that leaves the folder (3), ")
     done = balms("audit", root)
     assert done.code == 0 and "\x1b" not in done.err and "[red]markup[blink]" not in done.out
     made = balms("make-lt", root / "a" / "..", "--as-is")  # and make-lt says so in a line, where it once waited for the pipe
@@ -399,6 +403,35 @@ def test_a_pipe_that_appears_late_is_not_waited_for(balms, tmp_path, monkeypatch
 
     monkeypatch.setattr(audit_files, "_files", swap)
     assert audit(balms, root)["unreadable"]["reasons"] == {"a pipe, not a file": 1}
+
+
+def test_what_stops_make_lt_is_advised_before_the_commands_that_it_stops(balms, tmp_path):
+    root = photos(tmp_path / "p", {"a": 10, "b": 6, "empty class": 0})
+    for name in "xy":
+        (root / "a" / f"{name}.png").symlink_to(tmp_path)
+    for name in "uv":
+        (root / "b" / f"{name}.png").symlink_to(noise(tmp_path / "outside.png", 1))
+    told = audit(balms, root)
+    (message,) = [one["message"] for one in told["findings"] if one["kind"] == "refused"]
+    assert message == "4 entries not read: a link that leaves the folder"
+    first, second = told["advice"][:2]
+    assert first["do"] == f"give each of these training images, or remove it: {root}/empty class" and not first["commands"]
+    (command,) = second["commands"]
+    assert balms(*shlex.split(command)[1:]).code == 3
+    (root / "empty class").rmdir()
+    assert balms(*shlex.split(command)[1:], "--quiet").code == 0
+
+
+def test_a_moved_root_is_found_by_balms_data(balms, tmp_path, monkeypatch):
+    photos(tmp_path / "p", {"a": 10, "b": 6})
+    made = Path(balms("make-lt", tmp_path / "p", "--as-is", "--quiet").out.strip())
+    (tmp_path / "there").mkdir()
+    (tmp_path / "p").rename(tmp_path / "there" / "p")
+    told = audit(balms, made)
+    assert problems(told) == {"root-gone": 1} and "BALMS_DATA" in told["advice"][0]["do"]
+    monkeypatch.setenv("BALMS_DATA", str(tmp_path / "there"))
+    done = balms("audit", made)
+    assert not audit(balms, made)["problems"] and done.err.count(f"read from {tmp_path / 'there' / 'p'} (BALMS_DATA)") == 1
 
 
 def test_a_strangers_manifest_leads_nowhere(balms, tmp_path):

@@ -1,23 +1,29 @@
 """Pixels: untouched where they fit, cropped where not, and every bad image named."""
 
+import io
+import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from balms_cli.config import MakeLTConfig
-from balms_cli.data import decode, images, known
+from balms_cli.data import decode, images, known, moved
 from balms_cli.data.decode import BadImage, read_image
+from balms_cli.data.feed import OnDisk
 from balms_cli.data.images import check_images, load_pixels
+from balms_cli.data.index import index_sha256
 from balms_cli.data.manifest import Manifest
 from balms_cli.data.sources import open_source
 from balms_cli.errors import DataError
 from balms_cli.reporter import Reporter
 from balms_cli.stages import make_lt
 
-from .data_helpers import fake_cifar, picture, tree
+from .data_helpers import Listener, fake_cifar, picture, tree
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
@@ -125,8 +131,102 @@ def test_all_bad_images_are_named(tmp_path: Path) -> None:
 def test_source_that_moved_away(tmp_path: Path) -> None:
     manifest = manifest_of(tree(tmp_path / "photos", {"a": 3}), tmp_path / "w")
     (tmp_path / "photos").rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="is gone"):
+    with pytest.raises(DataError, match=r"is gone; put them there, or name the folder that holds them by BALMS_DATA$"):
         load_pixels(manifest, "train", 8)
+
+
+def split_that_a_colleague_shares(tmp_path: Path, kind: str) -> tuple[Path, Path]:
+    """A manifest, and the folder with its images (that of class a has the value i at i) that is not at its root any more."""
+    root = tree(tmp_path / "theirs" / "photos", {"a": 3, "b": 2})
+    options: dict[str, object] = {}
+    source = root
+    if kind == "list":
+        source = tmp_path / "theirs" / "all.txt"
+        source.write_text("a/00.png 0\na/01.png 0\na/02.png 0\nb/00.png 1\nb/01.png 1\n")
+        options = {"images": str(root)}
+    if kind == "csv":
+        source = root / "all.csv"
+        source.write_text("path,label\na/00.png,a\na/01.png,a\na/02.png,a\nb/00.png,b\nb/01.png,b\n")
+    if kind == "shards":
+        with tarfile.open(root / "part-0.tar", "w") as tar:
+            for label, name in enumerate("ab"):
+                for file in sorted((root / name).iterdir()):
+                    tar.add(file, f"{name}{file.name}")
+                    member = tarfile.TarInfo(f"{name}{file.stem}.cls")
+                    member.size = 1
+                    tar.addfile(member, io.BytesIO(str(label).encode()))
+                shutil.rmtree(root / name)
+    made = manifest_of(source, tmp_path / "w", test_fraction=0.01, **options)
+    mine = tmp_path / "mine" / "photos"
+    mine.parent.mkdir()
+    root.rename(mine)
+    return made.path, mine
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "csv", "shards"])
+@pytest.mark.parametrize("named", ["photos", ""])
+def test_a_shared_split_finds_its_images_by_balms_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, named: str
+) -> None:
+    made, mine = split_that_a_colleague_shares(tmp_path, kind)
+    before = {file: file.read_bytes() for file in made.iterdir()}
+    written = Manifest.load(made).source["root"]
+    monkeypatch.setenv("BALMS_DATA", str(tmp_path / "theirs"))
+    with pytest.raises(DataError, match=r"does not hold its images; put them there, or name the folder .* by BALMS_DATA"):
+        load_pixels(Manifest.load(made), "train", 8)
+    (tmp_path / "mine" / "a").mkdir()  # of the same name as in the data, and empty
+    monkeypatch.setenv("BALMS_DATA", str(mine.parent if named else mine))
+    listener, manifest = Listener(), Manifest.load(made)
+    assert manifest.source["root"] == str(mine) and manifest.moved_from == written != str(mine)
+    assert manifest.sha256 == make_sha(manifest)
+    pixels = load_pixels(manifest, "train", 8, listener)
+    for key, label, image in zip(manifest.splits["train"].keys, manifest.splits["train"].labels, pixels, strict=True):
+        assert (image[0] == int(Path(key).stem[-2:])).all() and label in (0, 1)
+    load_pixels(manifest, "test", 8, listener)
+    OnDisk(Manifest.load(made), "train", 8, torch.device("cpu"), workers=0, reporter=listener)
+    told = [note for note in listener.notes if "BALMS_DATA" in note]
+    assert len(told) == 1 and f"is gone; they are read from {mine} (BALMS_DATA)" in told[0]
+    assert {file: file.read_bytes() for file in made.iterdir()} == before
+
+
+def make_sha(manifest: Manifest) -> str:
+    return index_sha256(manifest.classes, manifest.index_texts())
+
+
+def test_balms_data_changes_nothing_where_the_root_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = manifest_of(tree(tmp_path / "photos", {"a": 3, "b": 2}), tmp_path / "w")
+    tree(tmp_path / "other" / "photos", {"a": 3, "b": 2})
+    monkeypatch.setenv("BALMS_DATA", str(tmp_path / "other"))
+    assert Manifest.load(manifest.path).source["root"] == str(tmp_path / "photos")
+    shutil.rmtree(tmp_path / "photos")
+    first = Manifest.load(manifest.path).source["root"]
+    tree(tmp_path / "third", {"a": 3, "b": 2})
+    monkeypatch.setenv("BALMS_DATA", str(tmp_path / "third"))
+    other = Manifest.load(manifest.path).source["root"]
+    # Feature banks are keyed by the root: pictures of the same names in three places never share one.
+    assert len({first, other, str(tmp_path / "photos")}) == 3
+    (tmp_path / "link").symlink_to(tmp_path / "third")
+    monkeypatch.setenv("BALMS_DATA", str(tmp_path / "link"))
+    assert Manifest.load(manifest.path).source["root"] == other
+
+
+@pytest.mark.parametrize("root", ["/gone/..", "/gone/.", "..", "/", "\\gone\\..", "/gone/nul\0", "/gone/" + "x" * 5000, ""])
+def test_a_strangers_root_does_not_lead_out_of_balms_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str) -> None:
+    tree(tmp_path, {"a": 3})
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setenv("BALMS_DATA", str(tmp_path / "mine"))
+    monkeypatch.chdir(tmp_path / "mine")
+    assert moved.here("folder", "f", root, ["a/00.png"]) == root
+    assert moved.here("folder", "f", "/gone/mine", []) == "/gone/mine"
+
+
+def test_a_link_out_of_the_moved_root_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, mine = split_that_a_colleague_shares(tmp_path, "folder")
+    (mine / "b").rename(tmp_path / "outside")
+    (mine / "b").symlink_to(tmp_path / "outside")
+    monkeypatch.setenv("BALMS_DATA", str(mine.parent))
+    with pytest.raises(DataError, match="a link that leaves the folder"):
+        load_pixels(Manifest.load(made), "train", 8)
 
 
 def test_bombs_are_bad_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +336,13 @@ def test_cifar_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         i = 2 * int(file.removeprefix("thing_s_").removesuffix(".png")) + int(name[1:])
         assert (loaded[row] == pixels[i]).all()
     assert load_pixels(manifest, "val", 16).shape == (2, 3, 16, 16)
-    file = tmp_path / "cache" / "fake-batches" / "data_batch_1"
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="is gone; put them there"):
+        load_pixels(manifest, "train", 32)
+    monkeypatch.setenv("BALMS_DATA", str(tmp_path / "moved"))
+    manifest = Manifest.load(manifest.path)
+    assert (load_pixels(manifest, "train", 32) == loaded).all()
+    file = tmp_path / "moved" / "fake-batches" / "data_batch_1"
     file.write_bytes(file.read_bytes() + b"x")
     with pytest.raises(DataError, match="md5 differs"):
         load_pixels(manifest, "train", 32)

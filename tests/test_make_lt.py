@@ -75,6 +75,21 @@ def test_the_same_again_is_the_same_folder(tmp_path: Path) -> None:
     assert Manifest.load(first.path).sha256 == first.manifest.sha256
 
 
+def test_the_manifest_says_how_it_was_made(tmp_path: Path) -> None:
+    plain, source = run(config("digits"), tmp_path).manifest, folder(tmp_path)
+    assert plain.options == {}
+    asked = {"imbalance": 3.0, "head_size": 9, "val_per_class": 1, "meta_per_class": 1, "seed": 4, "profile": "step"}
+    made = run(config(source, **asked, data_root=str(tmp_path), check=False), tmp_path)
+    document = json.loads((made.path / "manifest.json").read_text())
+    assert document["options"] == asked == Manifest.load(made.path).options
+    # Readers of before pass the key over, and it is no part of what names the split: there, with it and without it.
+    sha256 = document["sha256"]
+    del document["options"]
+    (made.path / "manifest.json").write_text(json.dumps(document))
+    assert (Manifest.load(made.path).options, Manifest.load(made.path).sha256) == ({}, sha256)
+    assert run(config(source, **asked), tmp_path).reused and Manifest.load(made.path).options == asked
+
+
 def test_validation_and_meta_are_cut_first(tmp_path: Path) -> None:
     result = run(config("digits", val_per_class=5, meta_per_class=3), tmp_path)
     parts = [keys(result, split) for split in ("train", "val", "meta", "test")]

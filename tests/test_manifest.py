@@ -90,6 +90,7 @@ STRANGERS = [
     ({"splits": {"train": 3}}, "'train' and 'test'"),
     ({"splits": {"train": 3, "test": 1, "../x": 1}, "sha256": "0"}, "splits"),
     ({"image_size": [1]}, "image_size"),
+    ({"options": ["--seed", 3]}, "options"),
     ({"source": {"kind": "ftp", "name": "f", "root": "/"}}, "source.kind"),
 ]
 

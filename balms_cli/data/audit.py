@@ -14,7 +14,7 @@ import numpy as np
 from ..config import MakeLTConfig, suggest
 from ..errors import DataError
 from ..reporter import Reporter
-from . import class_names, folders, known, lists
+from . import class_names, folders, known, lists, moved
 from .aside import printable
 from .folders import Problem
 from .manifest import HEADER, Manifest, is_manifest
@@ -73,7 +73,7 @@ def open_listing(data: str, data_root: str | None, offline: bool, reporter: Repo
         return _known(data, data_root, offline, reporter)
     if os.path.isfile(path / HEADER) or (path.suffix == ".json" and os.path.isfile(path) and is_manifest(path)):
         check_known("a manifest", images, names, leaf_classes)
-        return _manifest(path)
+        return _manifest(path, reporter)
     form = form_of(data)
     if form is None:
         raise DataError(f"no such data: '{printable(data)}'; {suggest(data, ['digits', *known.ARCHIVES])} or a folder, "
@@ -112,8 +112,9 @@ def _known(name: str, data_root: str | None, offline: bool, reporter: Reporter) 
     return listing
 
 
-def _manifest(path: Path) -> Listing:
+def _manifest(path: Path, reporter: Reporter) -> Listing:
     manifest = Manifest.load(path)
+    moved.tell(manifest.moved_from, manifest.source["root"], reporter)
     keys = [key for part in manifest.splits.values() for key in part.keys]
     split_N = np.repeat(np.arange(len(manifest.splits), dtype=np.uint8), [len(part) for part in manifest.splits.values()])
     label_N = np.concatenate([part.labels for part in manifest.splits.values()]).astype(np.int32)

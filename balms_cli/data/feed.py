@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..reporter import Reporter
+from . import moved
 from .aside import printable
 from .decode import BadImage, Box, read_image
 from .images import default_workers, inside, root_of
@@ -101,7 +103,9 @@ class OnDisk:
     """
 
     def __init__(self, manifest: Manifest, split: str, size: int, device: torch.device, *, workers: int | None = None,
-                 decode: str = "cpu"):  # fmt: skip
+                 decode: str = "cpu", reporter: Reporter | None = None):  # fmt: skip
+        if reporter is not None:
+            moved.tell(manifest.moved_from, manifest.source["root"], reporter)
         self.root, self.keys, self.size, self.device = root_of(manifest), manifest.splits[split].keys, size, device
         self.labels = torch.from_numpy(manifest.splits[split].labels)
         self.workers = default_workers() if workers is None else workers

@@ -28,8 +28,8 @@ MAX_DEPTH = 100  # folders in one another; the system takes time that grows with
 TOO_DEEP = f"more than {MAX_DEPTH} folders deep"
 Problem = tuple[str, str]  # (kind, message)
 # Names of the split folders: train, test, val.
-_SPLITS = (("train", "test", "val"), ("2021_train", "2021_test", "2021_valid"), ("2021_train_mini", "2021_test", "2021_valid"),
-           ("train_mini", "test", "val"))  # fmt: skip
+SPLIT_FOLDERS = (("train", "test", "val"), ("2021_train", "2021_test", "2021_valid"),
+                 ("2021_train_mini", "2021_test", "2021_valid"), ("train_mini", "test", "val"))  # fmt: skip
 
 
 @dataclass
@@ -67,7 +67,7 @@ def scan(folder: Path, problems: list[Problem] | None = None, *, leaves: bool = 
     try:
         root = folder.resolve(strict=True)
         result = Scan(root, {}, None, problems=problems, leaves=leaves)
-        names = next((names for names in _SPLITS if _is_split(root / names[0], root / names[1])), None)
+        names = next((names for names in SPLIT_FOLDERS if _is_split(root / names[0], root / names[1])), None)
         if names is None:
             result.train = _classes(result, "")
             return result
@@ -163,7 +163,9 @@ def _classes(result: Scan, prefix: str, *, needed: bool = True) -> dict[str, lis
         refused, passed = len(result.bad), Counter(result.passed)
         keys = sorted(_images(result, prefix + name))
         if not keys and len(result.bad) == refused and result.problems is None and needed:
-            told = undecoded(result.passed - passed) or f"{base / name} is empty or holds other file types"
+            told = undecoded(result.passed - passed) or (
+                f"{printable(str(base / name))} is empty or holds other file types; put images there, or remove the folder"
+            )
             raise DataError(f"class '{name}' has no images: {told}")
         if not result.leaves:
             if keys or needed:

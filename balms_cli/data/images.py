@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import DataError
 from ..reporter import Reporter
-from . import known
+from . import known, moved
 from .aside import name_some, printable
 from .audit import case_clashes
 from .decode import BadImage, fit, open_image, quiet_pillow, read_image, upright_size
@@ -34,6 +34,8 @@ def load_pixels(
     """
     if split not in manifest.splits:
         raise DataError(f"{manifest.name} has no split '{split}'; it has {', '.join(manifest.splits)}")
+    if reporter is not None:
+        moved.tell(manifest.moved_from, manifest.source["root"], reporter)
     part, reporter = manifest.splits[split], reporter or Reporter()
     whole = {"digits": _load_digits, "cifar": _load_cifar}.get(manifest.source["kind"])
     _check_memory(len(part), size, in_files=whole is None)
@@ -60,11 +62,10 @@ def _load_files(manifest: Manifest, part: Split, split: str, size: int, reporter
 
 
 def root_of(manifest: Manifest) -> str:
-    """The real path of the folder that holds a manifest's image files. Raises: DataError where it is gone."""
-    root = Path(manifest.source["root"])
-    if not root.is_dir():
-        where = printable(str(root))
-        raise DataError(f"the images' folder {where} is gone; bring it back, or run balms make-lt on its new place")
+    """The real path of the folder that holds a manifest's images. Raises: DataError where it is gone."""
+    root = manifest.source["root"]
+    if not os.path.isdir(root):
+        raise DataError(moved.gone(root))
     return os.path.realpath(root)
 
 
@@ -178,21 +179,20 @@ def _load_digits(manifest: Manifest, part: Split, size: int) -> np.ndarray:
 
 def _load_cifar(manifest: Manifest, part: Split, size: int) -> np.ndarray:
     """CIFAR from the official batches; a split may mix images of both parts, so both are read where needed."""
-    archive = known.ARCHIVES.get(manifest.source["name"])
+    archive, root = known.ARCHIVES.get(manifest.source["name"]), root_of(manifest)
     if archive is None:
         raise DataError(f"{manifest.name}: no such official set: '{manifest.source['name']}'")
     wanted = {key: i for i, key in enumerate(part.keys)}
     pixels = np.empty((len(part), 3, size, size), dtype=np.uint8)
     filled = 0
     for source_part in sorted({key.partition("/")[0] for key in part.keys} & {"train", "test"}):
-        for keys, _, images in known.read_batches(archive, Path(manifest.source["root"]), source_part):
+        for keys, _, images in known.read_batches(archive, Path(root), source_part):
             for row, key in enumerate(keys):
                 if (i := wanted.get(key)) is not None:
                     image = images[row]
                     pixels[i] = image if size == 32 else fit(Image.fromarray(image.transpose(1, 2, 0)), size)
                     filled += 1
     if filled < len(part):
-        root = manifest.source["root"]
         raise DataError(f"{manifest.name}: {len(part) - filled} of {len(part)} images are not in {root}")
     return pixels
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError, DataError
-from . import aside
+from . import aside, moved
 from .index import Split, index_sha256, index_text, parse_index
 from .longtail import imbalance_factor
 
@@ -47,6 +47,7 @@ class _HeaderModel(BaseModel):
     skipped: list[dict[str, str]]
     untested: list[str]
     created: str
+    options: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Manifest:
 
     ``imbalance`` is what was asked for (None: as is), ``imbalance_factor`` what was measured; ``image_size`` the median
     [width, height] in pixels of the source's training images; ``sha256`` covers class names and index, not the root.
+    ``options``: those of make-lt that were not at their defaults, for people; older manifests have none. ``moved_from``: the
+    root as it was written, where ``source`` tells of another place on this machine (see :mod:`.moved`); never written.
     """
 
     path: Path
@@ -84,6 +87,8 @@ class Manifest:
     skipped: list[dict[str, str]] = field(default_factory=list)
     untested: list[str] = field(default_factory=list)
     created: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    moved_from: str = ""
 
     @staticmethod
     def load(path_or_file: str | Path) -> "Manifest":
@@ -109,7 +114,10 @@ class Manifest:
         if 0 in counts:
             raise DataError(f"{file}: class '{classes[counts.index(0)]}' has no training image")
         values = header.model_dump(exclude={"splits"})
-        return Manifest(path=folder, splits=splits, imbalance_factor=imbalance_factor(counts), **values)
+        source, written = values["source"], header.source.root
+        source["root"] = moved.here(source["kind"], source["name"], written, splits["train"].keys)
+        return Manifest(path=folder, splits=splits, imbalance_factor=imbalance_factor(counts),
+                        moved_from=written if source["root"] != written else "", **values)  # fmt: skip
 
     def index_texts(self) -> dict[str, str]:
         """The index files' content: a CSV text a split."""
@@ -117,7 +125,7 @@ class Manifest:
 
     def header_text(self) -> str:
         """The content of ``manifest.json``."""
-        names = [one.name for one in fields(self) if one.name not in ("path", "splits")]
+        names = [one.name for one in fields(self) if one.name not in ("path", "splits", "moved_from")]
         document: dict[str, Any] = {"format": FORMAT, "version": VERSION}
         document |= {name: getattr(self, name) for name in names}
         document["splits"] = {split: len(part) for split, part in self.splits.items()}

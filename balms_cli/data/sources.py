@@ -312,7 +312,7 @@ def drop(source: Source, keys: set[str]) -> Source:
     left = {label for _, label in train}
     for label, name in enumerate(source.classes):
         if label not in left:
-            raise DataError(f"class '{name}' has no readable training image left")
+            raise DataError(f"class '{name}' has no readable training image left: bring its files back, or remove the class")
     return sort_classes(replace(source, train=train, test=test, val=val))
 
 

@@ -4,6 +4,7 @@ Every figure has its source beside it. ``MEASURED`` are figures of the tables in
 ``PAPER`` those of the paper; both are of CIFAR, and another data set will have its own.
 """
 
+import os
 import shlex
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from .. import presets
 from ..config import AuditConfig
 from ..data import aside, known
 from ..data.audit import Listing
+from ..data.folders import SPLIT_FOLDERS
 from .audit_findings import NEAR_EMPTY, Finding
 
 BALANCED = 2.0  # imbalance factors below: nothing to balance
 MILD = 10.0  # below: the smallest factor that the paper measures, where the gain is about one point
+_NO_IMAGE = {"empty", "untrained", "all-unreadable"}  # findings of classes without a training image
 PRETRAINED_BELOW = 20_000  # photos; ours: ImageNet-LT, whose networks are trained from scratch, has 115,846
 
 _RESULTS = "examples/results/tables_{}_if200_quick.json"
@@ -118,18 +121,40 @@ def _mend(listing: Listing, source: str, found: list[Finding], kinds: set[str]) 
             "sha256 of the files; the command lists all but the first of each", [listed + ".[1:][] | .path'"]))  # fmt: skip
     stops = [one for one in found if one.stops]
     unreadable = {"unreadable", "refused"}
+    if rest := [one for one in stops if one.kind not in unreadable]:  # first: --skip-bad does not get past these
+        advice += _stops(listing, rest)
     if {one.kind for one in stops} & unreadable and "root-gone" not in kinds and not listing.manifest:
         advice.append(Advice("leave the unreadable files out, or bring them back",
                              "they stop make-lt unless it is told to leave them out", "what the files hold",
                              [f"balms make-lt {source} --as-is --skip-bad"]))  # fmt: skip
-    if rest := [one for one in stops if one.kind not in unreadable]:
-        advice.append(Advice(f"mend what make-lt stops at: {', '.join(dict.fromkeys(one.kind for one in rest))}",
-                             "a class without a training image cannot be learned by any loss or sampler: give it images, or "
-                             "take it out" if kinds & {"empty", "untrained", "all-unreadable"} else
-                             "labels must be beyond doubt before anything is trained",
-                             "log n of no image is minus infinity (eq 10)" if kinds & {"empty", "untrained"} else "make-lt",
-                             []))  # fmt: skip
     return advice
+
+
+def _stops(listing: Listing, found: list[Finding]) -> list[Advice]:
+    """What to do about findings that make-lt, and so every command of the advice, stops at."""
+    advice, kinds = [], {one.kind for one in found}
+    if "root-gone" in kinds:
+        advice.append(Advice("put the images back, or name the folder that holds them by BALMS_DATA",
+                             "they are not where the manifest says, and nothing is read without them", "the manifest",
+                             []))  # fmt: skip
+    if kinds & _NO_IMAGE:
+        bare = [name for name, n in zip(listing.classes, listing.counts()[0], strict=True) if not n]
+        names = [aside.printable(_place(listing, name)) for name in bare]
+        names += [name for one in found if one.kind == "all-unreadable" for name in one.examples]
+        advice.append(Advice(f"give each of these training images, or remove it: {aside.name_some(names)}",
+                             "a class without a training image cannot be learned by any loss or sampler; make-lt, and so the "
+                             "commands below, stop at it", "log n of no image is minus infinity (eq 10)", []))  # fmt: skip
+    if rest := [one for one in found if one.kind not in {*_NO_IMAGE, "root-gone"}]:
+        advice.append(Advice(f"mend what make-lt stops at: {'; '.join(one.message for one in rest)}",
+                             "labels must be beyond doubt before anything is trained", "make-lt", []))  # fmt: skip
+    return advice
+
+
+def _place(listing: Listing, name: str) -> str:
+    """The folder of a class that has no training image, to be named where there is one; else the class's name."""
+    folders = [os.path.join(listing.path, split, name) for split in ("", *(names[0] for names in SPLIT_FOLDERS), "test")]
+    there = [folder for folder in folders if listing.kind == "folder" and os.path.isdir(folder)]
+    return there[0] if there else name
 
 
 def _steps(listing: Listing, source: str, kinds: set[str]) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import presets
-from ..data import aside
+from ..data import aside, moved
 from ..data.audit import Listing, case_clashes
 from ..data.audit_files import Facts
 from ..data.duplicates import SPLITS, TRAIN_TEST, WITHIN, Duplicates
@@ -65,6 +65,13 @@ def _note(kind: str, count: int, message: str, examples: list[str] | None = None
 
 def _n(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def _reasons(counts: Counter[str]) -> str:
+    """Reasons, the most frequent first; how often each, where there are several."""
+    if len(counts) == 1:
+        return next(iter(counts))
+    return aside.name_some([f"{reason} ({n:,})" for reason, n in counts.most_common()], 4)
 
 
 def _pair(listing: Listing, rows: np.ndarray) -> str:
@@ -139,13 +146,11 @@ def _classes(listing: Listing, counts_SC: np.ndarray) -> list[Finding]:
 def _files(listing: Listing, facts: Facts) -> list[Finding]:
     found = []
     if facts.root_gone:
-        text = f"the images' folder {aside.printable(listing.root)} is gone: bring it back, or run make-lt on its new place"
-        found.append(_problem("root-gone", 1, text, stops=True))
+        found.append(_problem("root-gone", 1, moved.gone(listing.root), stops=True))
     rows = np.flatnonzero(facts.reason_N)
     if rows.size:
         texts, counts = facts.reasons.texts, np.bincount(facts.reason_N[rows], minlength=len(facts.reasons.texts))
-        order = [c for c in np.argsort(-counts, kind="stable") if counts[c]]
-        reasons = aside.name_some([f"{counts[c]:,} {texts[c]}" for c in order], 4)
+        reasons = _reasons(Counter({texts[c]: int(n) for c, n in enumerate(counts) if n}))
         shown = [f"{listing.keys[row]} ({texts[facts.reason_N[row]]})" for row in rows[:_EXAMPLES]]
         text = f"{len(rows):,} of {len(listing.keys):,} images cannot be read: {reasons}"
         found.append(_problem("unreadable", len(rows), text, shown, stops=True))
@@ -155,9 +160,8 @@ def _files(listing: Listing, facts: Facts) -> list[Finding]:
             text = f"{_n(len(names), 'class', 'classes')} without a readable training image"
             found.append(_problem("all-unreadable", len(names), text, names[:_EXAMPLES], stops=True))
     if listing.bad:
-        reasons = Counter(reason for _, reason in listing.bad)
-        told = aside.name_some([f"{n:,} {reason}" for reason, n in reasons.most_common()], 4)
-        text = f"{_n(len(listing.bad), 'entry', 'entries')} not read: {told}"
+        reasons = _reasons(Counter(reason for _, reason in listing.bad))
+        text = f"{_n(len(listing.bad), 'entry', 'entries')} not read: {reasons}"
         shown = [aside.printable(key) for key, _ in listing.bad[:_EXAMPLES]]
         found.append(_problem("refused", len(listing.bad), text, shown, stops=True))
     return found

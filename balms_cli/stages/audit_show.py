@@ -111,6 +111,6 @@ def _files(document: dict[str, Any]) -> list[list[str]]:
             shared = ", ".join(f"{n:,} {split}" for split, n in twins["train_test"]["images"].items())
             rows.append(["of these in train and in test", shared])
     if document["unreadable"]["images"]:
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in list(document["unreadable"]["reasons"].items())[:5])
+        reasons = ", ".join(f"{reason} ({n:,})" for reason, n in list(document["unreadable"]["reasons"].items())[:5])
         rows.append(["unreadable", reasons])
     return rows

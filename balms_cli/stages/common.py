@@ -51,7 +51,7 @@ def load_images(manifest: Manifest, split: str, size: int, device: torch.device,
     if cropped and (not files or config.loading == "memory"):
         raise ConfigError("augment 'resized-crop' cuts from image files: leave it out here, or leave out loading=memory")
     if files and not memory:
-        found = OnDisk(manifest, split, size, device, workers=config.workers, decode=config.decode)
+        found = OnDisk(manifest, split, size, device, workers=config.workers, decode=config.decode, reporter=reporter)
         reporter.note(f"{len(found):,} {split} images are read as they are needed, by {found.workers} decoder threads")
         return found
     pixels = torch.from_numpy(load_pixels(manifest, split, size, reporter, threads=config.workers))

@@ -18,6 +18,8 @@ from ..errors import ConfigError, DataError
 from ..reporter import Reporter
 
 DEFAULT_IMBALANCE = {"digits": 40.0}  # at which the 128 training images of the head leave all three shot groups
+# Where the data lies is told by the manifest's source; how it is fetched changes nothing of what is in it.
+_NOT_THE_DRAW = {"source", "data_root", "offline", "images", "names", "check"}
 _ALPHA = MakeLTConfig.model_fields["alpha"].default
 KNOWN_IMBALANCE = 100.0  # the factor most often reported for CIFAR-LT
 
@@ -178,6 +180,7 @@ def _describe(
         skipped=skipped,
         untested=[source.names.get(name, name) for label, name in enumerate(source.classes) if label not in tested],
         created=now(),
+        options=config.model_dump(mode="json", exclude_defaults=True, exclude=_NOT_THE_DRAW),
     )
     return replace(manifest, sha256=index_sha256(manifest.classes, manifest.index_texts()))
 
