@@ -120,8 +120,35 @@ class TestArtefacts:
         assert "printed no path" in error_of(balms("pretrain", "-", stdin=""), 3)
         assert "no 'run' or 'manifest'" in error_of(balms("pretrain", "-", stdin="{}"), 3)
 
-    def test_a_photo_folder_is_not_a_manifest(self, balms, chain):
+    def test_an_interrupted_run_is_named_where_no_other_is_there(self, balms, chain, tmp_path):
+        runs = tmp_path / "ws" / "runs"
+        for name, when in (("new", 2e9), ("old", 1e9)):
+            shutil.copytree(chain.pretrained, runs / name)
+            (runs / name / "model.safetensors").unlink()
+            os.utime(runs / name / "resume.pt", (when, when))
+        for stage in ("retrain", "evaluate"):
+            assert error_of(balms(stage), 3).endswith(f"the interrupted one: balms pretrain --resume {runs / 'new'}")
+        for name in ("new", "old"):
+            (runs / name / "resume.pt").unlink()
+        assert "run balms pretrain first" in error_of(balms("retrain"), 3)
+
+    def test_a_folder_of_another_kind_is_told_what_it_is(self, balms, chain, tmp_path):
+        runs, at = chain.workspace / "runs", f"such as {chain.pretrained}"
+        for stage in ("retrain", "evaluate"):
+            told = error_of(balms(stage, chain.photos), 4)
+            assert "photos is not a run" in told and "balms-runs/runs" in told and "first" not in told
+            assert all(error_of(balms(stage, path), 4).endswith(at) for path in (chain.workspace, runs))
+        assert error_of(balms("predict", chain.photos, chain.pretrained), 4).endswith("first: balms predict RUN IMAGES...")
         assert f"balms make-lt {chain.photos} --as-is" in error_of(balms("pretrain", chain.photos), 3)
+        told = error_of(balms("pretrain", chain.pretrained), 3)
+        assert f"is a run of pretrain, not a data set; its data: {chain.manifest};" in told
+        assert error_of(balms("pretrain", chain.workspace), 3).endswith(f"name one of them, such as {chain.manifest}")
+        told = error_of(balms("pretrain", runs), 3)
+        assert "holds runs" in told and str(runs) not in told.partition("make-lt")[2]
+        rates = tmp_path / "rates"
+        assert balms("meta-sample", chain.pretrained, *FEW, "--out", rates).code == 0
+        told = error_of(balms("evaluate", rates), 4)
+        assert "no model" in told and told.endswith(f"balms retrain --sampler {rates / 'rates.json'}")
 
     def test_out_is_refused_when_not_empty_and_overwritten_on_request(self, balms, chain, tmp_path):
         out = tmp_path / "mine"
@@ -220,6 +247,15 @@ class TestOptions:
         repeated = Path(balms("pretrain", chain.manifest, "--config", chain.pretrained).out.strip())
         ours, theirs = ((p / "model.safetensors").read_bytes()[-256:] for p in (repeated, chain.pretrained))
         assert ours == theirs
+
+    def test_a_configuration_of_other_data_is_warned_of(self, balms, chain):
+        other = balms("make-lt", chain.photos, "--imbalance", "20").out.strip()
+        for config in (chain.pretrained, chain.pretrained / "config.toml"):
+            (told,) = (line for line in balms("pretrain", other, "--config", config, "--print-config").err.splitlines()
+                       if line.startswith("warning: "))  # fmt: skip
+            assert told.startswith(f"warning: {other} is not the data of {chain.pretrained / 'config.toml'}")
+            assert told.endswith(str(chain.manifest))
+            assert "warning" not in balms("pretrain", chain.manifest, "--config", config, "--print-config").err
 
     def test_mistakes_are_told_with_the_fix(self, balms, chain):
         assert "did you mean 'batch_size'" in error_of(balms("pretrain", chain.manifest, "--set", "batchsize=3"), 2)
@@ -364,7 +400,7 @@ class TestGates:
         failed = balms("evaluate", chain.pretrained, "--require", "top1<0", "--json")
         assert failed.code == 6 and "top1" in json.loads(failed.out) and "is not met" in failed.err
         assert "empty" in error_of(balms("evaluate", chain.pretrained, "--require", "many<=1"), 2)
-        assert "say where by --report" in error_of(balms("evaluate", chain.pretrained, "--overwrite"), 2)
+        assert "say where by " in error_of(balms("evaluate", chain.pretrained, "--overwrite"), 2)
         assert "did you mean 'few'" in error_of(balms("evaluate", chain.pretrained, "--require", "fwe>=0"), 2)
 
 
@@ -425,7 +461,7 @@ class TestBadInput:
 
     def test_a_diverging_run_is_exit_5(self, balms, chain):
         outcome = balms("pretrain", chain.manifest, *SMALL, "--set", "lr=1e30", "--precision", "fp32")
-        assert "not finite" in error_of(outcome, 5) and "--lr" in outcome.err
+        assert "not finite" in error_of(outcome, 5) and "--lr" in outcome.err and "checkpoint" not in outcome.err
 
     def test_a_frozen_run_has_no_classifier_until_it_is_retrained(self, balms, chain):
         frozen = balms("pretrain", chain.manifest, *SMALL, "--frozen", "--weights", chain.pretrained / "model.safetensors")
@@ -509,6 +545,17 @@ def test_a_bug_of_ours_is_exit_1_and_the_traceback_comes_with_debug(balms, chain
     mistake = balms("evaluate", chain.pretrained, "--quiet", "--require", "fwe>=0")
     assert (mistake.code, mistake.err) == (2, "")
     assert "Traceback" in balms("evaluate", chain.pretrained, "--quiet", "--debug").err
+
+
+@pytest.mark.parametrize("start", ["module", "script"])
+def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path, start):
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n")
+    root = Path(__file__).parents[1]
+    place, name = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]["balms"].split(":")
+    how = ["-m", "balms_cli"] if start == "module" else ["-c", f"from {place} import {name}; {name}()"]
+    done = subprocess.run([sys.executable, *how, "--version"], capture_output=True, text=True, check=False, timeout=60,
+                          env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"})  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted; run the same command again\n")
 
 
 @pytest.mark.parametrize("stage", ["retrain", "meta-sample", "audit"])

@@ -105,8 +105,9 @@ def test_a_bad_loss_that_is_told_late_is_neither_logged_nor_saved(tmp_path, chec
 
     job.step, folder = step, RunDir(tmp_path / "r")
     folder.path.mkdir()
-    with pytest.raises(DivergedError):
+    with pytest.raises(DivergedError) as told:
         train(job, folder, CPU, Reporter(), resume=False, checkpoint_seconds=checkpoint_seconds)
+    assert ("the last checkpoint is whole (" + str(folder / "resume.pt") in str(told.value)) == (saved is not None)
     assert losses(folder)[-1]["step"] == logged
     at = folder / "resume.pt"
     assert (torch.load(at, weights_only=True)["step"] if at.exists() else None) == saved
@@ -124,14 +125,17 @@ def test_a_bad_loss_stops_before_its_step_and_keeps_the_last_checkpoint(tmp_path
     assert (tmp_path / "r" / "resume.pt").read_bytes() == saved
 
 
-def test_resume_without_a_checkpoint_starts_from_the_first_step(tmp_path):
+def test_resume_without_a_checkpoint_starts_from_the_first_step_and_says_so(tmp_path, monkeypatch):
     whole, job = regression(steps=50)
     run(job, RunDir(tmp_path / "whole"))
     again, job = regression(steps=50)
     folder = RunDir(tmp_path / "again")
     folder.path.mkdir()
     folder.append_metrics({"step": 5, "loss": 9.0})  # logged before a kill that left no checkpoint
+    warned = []
+    monkeypatch.setattr(Reporter, "warn", lambda self, message: warned.append(message))
     run(job, folder, resume=True)
+    assert len(warned) == 1 and "resume.pt is not there" in warned[0] and warned[0].endswith("training starts from step 0")
     assert torch.equal(whole.weight, again.weight) and losses(folder) == losses(RunDir(tmp_path / "whole"))
 
 

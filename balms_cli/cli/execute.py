@@ -4,7 +4,6 @@ import io
 import os
 import shlex
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -103,7 +102,9 @@ def _train(stage: str, params: Params, world) -> None:
             raise ConfigError(f"{stage} takes one run, stdin names {len(parents)}")
         parent = parents[0]
         manifest = manifest_of(parent, read_header(parent), params["data"])
+    _warn_of_other_data(params["config"], manifest, reporter)
     resolved = resolve_params(stage, params, presets.kind_of_data(manifest.source["name"], tuple(manifest.image_size)))
+    resolved = presets.with_fitting_warm_up(resolved, len(manifest.splits["train"]))
     if params["print_config"]:
         return print_result(resolved.to_toml().rstrip())
     from ..engine.tensorboard import require_tensorboard
@@ -122,6 +123,20 @@ def _train(stage: str, params: Params, world) -> None:
     if params["dry_run"]:
         return show_plan(resolved, manifest, parent, folder, reporter)
     return _run(stage, resolved, manifest, parent, folder, reporter, params, world, resume=False)
+
+
+def _warn_of_other_data(config: Path | None, manifest, reporter) -> None:
+    """``--config`` of a run takes its values, not its data."""
+    from ..data.aside import printable
+    from ..engine.run_dir import CONFIG, read_run
+
+    if config is None:
+        return
+    file = config / CONFIG if config.is_dir() else config
+    _, run = read_run(file)
+    if run.get("manifest_sha256", manifest.sha256) != manifest.sha256:
+        reporter.warn(f"{manifest.path} is not the data of {file}; to repeat that run name its own: "
+                      f"{printable(str(run.get('manifest')))}")  # fmt: skip
 
 
 def _check_profile(params: Params, world) -> None:
@@ -149,16 +164,12 @@ def _profile(resolved, manifest, label: str, reporter, params: Params) -> None:
 def restarted(params: Params) -> Params | None:
     """After torchrun's own restart (``--max-restarts``) the same command goes on with the run in its ``--out``. A run of
     another command there is none of its own: that was refused, or is to be replaced, and so it is again."""
-    from ..engine.run_dir import CONFIG
+    from ..engine.run_dir import CONFIG, read_run
 
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if not again or params["out"] is None or not (params["out"] / CONFIG).is_file():
+    if not again or params["out"] is None:
         return None
-    try:
-        begun = tomllib.loads((params["out"] / CONFIG).read_text(encoding="utf-8"))["run"]["command"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if begun != shlex.join(["balms", *sys.argv[1:]]):
+    if read_run(params["out"] / CONFIG)[1].get("command") != shlex.join(["balms", *sys.argv[1:]]):
         return None
     kept = ("workspace", "quiet", "json", "debug", "offline", "workers", "tensorboard")
     return {k: v if k in kept else None for k, v in params.items()} | {"resume": params["out"]}

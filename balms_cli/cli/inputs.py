@@ -6,9 +6,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from ..data.manifest import Manifest, newest_manifest
-from ..engine.run_dir import model_file, newest_run
-from ..errors import DataError
+from ..data.aside import printable
+from ..data.manifest import HEADER, Manifest, newest_manifest
+from ..engine.run_dir import CONFIG, RunDir, interrupted_run, model_file, newest_run, one_held, read_run
+from ..errors import CheckpointError, DataError
 from ..reporter import Reporter
 
 
@@ -38,8 +39,8 @@ def find_manifest(argument: str | None, workspace: Path, reporter: Reporter) -> 
         if len(paths) > 1:
             raise DataError(f"one data set is needed, stdin names {len(paths)}")
         path = paths[0]
-        if os.path.isdir(path) and not os.path.isfile(path / "manifest.json"):
-            raise DataError(f"{path} is not a manifest; make one of its images: balms make-lt {shlex.quote(str(path))} --as-is")
+        if os.path.isdir(path) and not os.path.isfile(path / HEADER):
+            raise DataError(_no_manifest(path))
         return Manifest.load(path)
     newest = newest_manifest(workspace)
     if newest is None:
@@ -48,12 +49,35 @@ def find_manifest(argument: str | None, workspace: Path, reporter: Reporter) -> 
     return Manifest.load(newest)
 
 
-def find_checkpoints(arguments: list[str] | None, workspace: Path, stages: tuple[str, ...], reporter: Reporter) -> list[Path]:
-    """The checkpoint files that later stages start from, at least one. Raises DataError or CheckpointError."""
+def _no_manifest(path: Path) -> str:
+    """What a folder without a manifest is, and what to do about it."""
+    stage, run = read_run(path / CONFIG)
+    if stage is not None:
+        return (f"{path} is a run of {stage}, not a data set; its data: {printable(str(run.get('manifest')))}; to go on with "
+                f"it: {RunDir(path).resume_command(stage)}")  # fmt: skip
+    if one := one_held(path, "data", HEADER):
+        return f"{path} is not a data set but holds some: name one of them, such as {one}"
+    if one_held(path, "runs", CONFIG):
+        return f"{path} holds runs, not a data set; make one first, e.g. balms make-lt FOLDER --as-is"
+    return f"{path} is not a manifest; make one of its images: balms make-lt {shlex.quote(str(path))} --as-is"
+
+
+def find_checkpoints(arguments: list[str] | None, workspace: Path | None, stages: tuple[str, ...], reporter: Reporter
+                     ) -> list[Path]:  # fmt: skip
+    """The checkpoint files that later stages start from, at least one. ``workspace``: None for predict, whose run is always
+    named. Raises DataError or CheckpointError."""
     if arguments:
-        return [model_file(path) for argument in arguments for path in read_paths(argument)]
+        paths = [path for argument in arguments for path in read_paths(argument)]
+        try:
+            return [model_file(path) for path in paths]
+        except CheckpointError as error:
+            if workspace is not None or (paths[0] / CONFIG).is_file():
+                raise
+            raise CheckpointError(f"{error}; the run comes first: balms predict RUN IMAGES...") from None
     newest = newest_run(workspace, stages)
     if newest is None:
-        raise DataError(f"there is no complete {' or '.join(stages)} run in {workspace}; run balms {stages[-1]} first")
+        begun = interrupted_run(workspace, stages)
+        advice = f"go on with the interrupted one: {begun}" if begun else f"run balms {stages[-1]} first"
+        raise DataError(f"there is no complete {' or '.join(stages)} run in {workspace}; {advice}")
     reporter.note(f"checkpoint: {newest} (the newest of {workspace})")
     return [model_file(newest)]

@@ -77,8 +77,9 @@ def _train(job: Job, run: RunDir, device: torch.device, reporter: Reporter, resu
     if resume and (run / RESUME).exists():  # without one it was stopped before its first checkpoint: from the start
         start, spent, window = _restore(job, run, recipe, device)
     elif resume:
+        reporter.warn(f"{run / RESUME} is not there (none was written yet, or it was deleted): training starts from step 0")
         run.trim_metrics(0)
-    guard = Guard(device)
+    guard = Guard(device, run / RESUME)
     log_every = max(1, job.steps // LOGS_A_RUN)
     began = saved = logged = time.monotonic()
 

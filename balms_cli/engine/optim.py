@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,11 @@ class Guard:
 
     On a CPU a bad loss raises at once. On a GPU asking would stall the queue every step, so the fused optimizers are
     handed a flag on the device that turns this step and all later ones into no-ops, and ``check`` asks now and then.
+    ``checkpoint``: where the run's last state lies once there is one, for the error to name.
     """
 
-    def __init__(self, device: torch.device):
-        self.bad = torch.zeros((), device=device)
+    def __init__(self, device: torch.device, checkpoint: Path | None = None):
+        self.bad, self.checkpoint = torch.zeros((), device=device), checkpoint
         self.step_now = 0
 
     def step(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
@@ -72,5 +74,7 @@ class Guard:
     def check(self) -> None:
         """Raises DivergedError (exit 5) when a loss was not finite."""
         if self.bad.item():
-            raise DivergedError(f"the loss is not finite by step {self.step_now}; the last checkpoint is whole. "
+            there = self.checkpoint is not None and self.checkpoint.is_file()
+            kept = f"; the last checkpoint is whole ({self.checkpoint})" if there else ""
+            raise DivergedError(f"the loss is not finite by step {self.step_now}{kept}. "
                                 "Lower --lr, lengthen --set warmup_steps=..., or look for broken images")  # fmt: skip

@@ -216,13 +216,50 @@ def open_run(path: Path, stage: str) -> tuple[RunDir, Resolved, dict[str, Any]]:
     return RunDir(path), Resolved(stage, config, dict(sources), document.get("preset")), run
 
 
+def read_run(file: Path) -> tuple[str | None, dict[str, Any]]:
+    """What a ``config.toml`` says of its run: the stage, and the table [run]; (None, {}) where it can't be read as one."""
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None, {}
+    run = document.get("run")
+    return next((stage for stage in STAGES if stage in document), None), run if isinstance(run, dict) else {}
+
+
+def one_held(path: Path, place: str, name: str) -> Path | None:
+    """The first folder with a file ``name`` in ``path``, or in its ``place`` where it is a workspace."""
+    return next((file.parent for where in (path / place, path) for file in sorted(where.glob(f"*/{name}"))), None)
+
+
 def model_file(path: Path) -> Path:
-    """The checkpoint file that a path names: the file itself, or the one in a run's folder."""
-    if path.is_dir():
-        if not (path / MODEL).is_file() and (path / CONFIG).is_file():
-            raise CheckpointError(f"{path} is not complete: it has no {MODEL} yet; resume or repeat that run first")
+    """The checkpoint file that a path names: the file itself, or the one in a run's folder. Raises CheckpointError (exit 4)
+    for a folder without one, and says what it is."""
+    if not path.is_dir():
+        return path
+    if (path / MODEL).is_file():
         return path / MODEL
-    return path
+    stage, _ = read_run(path / CONFIG)
+    if stage == "meta-sample":
+        raise CheckpointError(f"{path} is a run of meta-sample, which learns rates and has no model; train one with them: "
+                              f"balms retrain --sampler {shlex.quote(str(path / RATES))}")  # fmt: skip
+    if (path / CONFIG).is_file():
+        on = f"go on with it: {RunDir(path).resume_command(stage)}" if stage else "repeat that run first"
+        raise CheckpointError(f"{path} is not complete: it has no {MODEL} yet; {on}")
+    if one := one_held(path, "runs", CONFIG):
+        raise CheckpointError(f"{path} is not a run but holds runs: name one of them, such as {one}")
+    raise CheckpointError(f"{path} is not a run: it has no {CONFIG}; runs lie in balms-runs/runs unless --workspace said "
+                          "otherwise")  # fmt: skip
+
+
+def interrupted_run(workspace: Path, stages: Iterable[str]) -> str | None:
+    """The command that goes on with the run of one of ``stages`` that was last interrupted in the workspace."""
+    found = [(file.stat().st_mtime, RunDir(file.parent), read_run(file.with_name(CONFIG))[0])
+             for file in (workspace / "runs").glob(f"*/{RESUME}") if not file.with_name(MODEL).exists()]  # fmt: skip
+    found = [(when, run, stage) for when, run, stage in found if stage in stages]
+    if not found:
+        return None
+    _, run, stage = max(found, key=lambda one: one[0])
+    return run.resume_command(stage)
 
 
 def newest_run(workspace: Path, stages: Iterable[str]) -> Path | None:

@@ -23,12 +23,15 @@ RepeatThreshold = Annotated[float | None, Option(help="Repeat factor sampling: i
 def newest(params: Params, stages: tuple[str, ...], reporter) -> Path:
     """The checkpoint of the newest complete detector of these stages, named on stderr. Raises DataError where there is none."""
     from ...detection.header import detector_file, newest_detector
+    from ...engine.run_dir import interrupted_run
     from ...errors import DataError
 
     found = newest_detector(params["workspace"], stages)
     if found is None:
         kind = "detect train run" if stages == ("detect-train",) else "detector"
-        raise DataError(f"there is no complete {kind} in {params['workspace']}; run balms detect train first")
+        begun = interrupted_run(params["workspace"], stages)
+        advice = f"go on with the interrupted one: {begun}" if begun else "run balms detect train first"
+        raise DataError(f"there is no complete {kind} in {params['workspace']}; {advice}")
     reporter.note(f"detector: {found} (the newest of {params['workspace']})")
     return detector_file(found)
 
