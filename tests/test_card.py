@@ -13,12 +13,14 @@ from markdown_it import MarkdownIt
 
 from balms_cli.data.index import Split
 from balms_cli.data.manifest import Manifest
+from balms_cli.detection.card import detector_card
 from balms_cli.engine.header import FORMAT, Header, read_header
 from balms_cli.engine.run_dir import CARD, MODEL
 from balms_cli.report.card import fenced, implied_prior, markdown, model_card
 from balms_cli.stages import common
 
 from .conftest import SMALL, invoke
+from .detect_tools import tiny_header
 
 FEW = ["--steps", "20", "--set", "meta_batch_size=16", "--batch-size", "16", "--set", "class_rows=8", "--views", "2"]
 
@@ -132,7 +134,8 @@ class TestContent:
 
         log_n = np.log(counts)
         assert "as frequent as in training" in of(log_n) and "as frequent as in training" in of(log_n - 99)
-        assert "all classes are equally frequent; for other" in of([4.2] * 3)
+        assert "meant for data where all classes are equally frequent; for other" in of([4.2] * 3)
+        assert not any("right" in of(prior) for prior in (log_n, -log_n, [4.2] * 3, [1.0, 2.0, 0.5]))  # no promise
         assert "over-balanced" in of(-log_n)
         assert "from 60 % (b*) down to 10 % (c)" in of(np.log([0.3, 0.6, 0.1]))
         assert "no class prior that could be written down (focal loss" in of(log_n, loss="focal", prior_exact=False)
@@ -221,3 +224,9 @@ def test_parameters_are_those_of_the_network(chain):
     model, _ = load_model(chain.pretrained / MODEL)
     count = sum(torch.numel(p) for p in model.parameters())
     assert f"({count:,} parameters)" in (chain.pretrained / CARD).read_text()
+
+
+def test_a_detector_counts_one_category_as_one():
+    card = detector_card(tiny_header(1), {}, {}, "balms detect train")
+    assert "for 1 category\n" in card and "looks for the 1 category above" in card and "1 categories" not in card
+    assert "for 3 categories\n" in detector_card(tiny_header(3), {}, {}, "balms detect train")

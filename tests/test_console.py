@@ -105,3 +105,39 @@ def test_quiet_is_silent(capsys):
         task.skip(1)
         task.advance(2, loss=1.0)
     assert capsys.readouterr() == ("", "")
+
+
+class TestNarrow:
+    """80 columns: text folds, numbers never do, and what does not fit stands in a second table, led by the same names."""
+
+    NAME = "retrain-cifar100-if200-balanced-meta"
+
+    def drawn(self, capsys, monkeypatch, columns, rows, width="80") -> str:
+        monkeypatch.setenv("COLUMNS", width)
+        console.ConsoleReporter().table("title", columns, rows)
+        shown = capsys.readouterr().err
+        assert max(map(len, shown.splitlines())) <= int(width)
+        return shown
+
+    def test_intervals_stay_whole(self, capsys, monkeypatch):
+        values = [f"{n}5.9\n{n}3.9–{n}7.2" for n in range(1, 8)]
+        heads = ["run", "top-1", "top-5", "balanced", "many", "medium", "few", "rarest 3", "ECE"]
+        shown = self.drawn(capsys, monkeypatch, heads, [[self.NAME, *values, "12.4"], ["b", *values[:6], "–", "3.1"]])
+        for text in [*(line for value in values for line in value.split("\n")), "12.4", "3.1"]:
+            assert f" {text} " in shown
+        assert shown.count("title") == 1 and shown.count("┃ run") == 2 and self.NAME[:16] in shown
+
+    def test_metrics_of_a_detector_stay_whole(self, capsys, monkeypatch):
+        values = [f"1{n}.2{n}" for n in range(9)]
+        heads = ["run", "of", "AP", "AP50", "AP75", "AP_s", "AP_m", "AP_l", "AP_r", "AP_c", "AP_f"]
+        shown = self.drawn(capsys, monkeypatch, heads, [[self.NAME, "boxes", *values], [self.NAME, "masks", *["-"] * 9]])
+        assert all(f" {text} " in shown for text in values)
+        assert shown.count("boxes") == 2  # what a row is stands in each part
+
+    def test_what_fits_is_one_table(self, capsys, monkeypatch):
+        shown = self.drawn(capsys, monkeypatch, ["class", "training images", "note"], [["cat", "1,200", "no number"]])
+        assert shown.count("┃ class ┃") == 1 and "training images" in shown
+
+    def test_a_long_text_folds_and_odd_cells_take_no_time(self, capsys, monkeypatch):
+        shown = self.drawn(capsys, monkeypatch, ["what", "value"], [["a", "1" * 5000 + "x"], ["b", "word " * 40]])
+        assert shown.count("1") == 5000

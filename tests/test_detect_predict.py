@@ -238,10 +238,13 @@ class TestCommand:
         done = balms("detect", "predict", detector, photos, tmp_path / "gone.png", "--json", "--out", tmp_path / "out", "-q")
         told = lines(done.out)
         assert done.code == 0 and told[0] == {"image": str(photos / "a.jpg"), "error": "not an image"}
-        assert told[-1]["error"] == "missing" and "a.jpg is left out: not an image" in done.err
+        assert told[-1]["error"] == "missing" and done.err == ""
+        loud = balms("detect", "predict", detector, photos, "--no-pictures")
+        assert loud.code == 0 and "a.jpg is left out: not an image" in loud.err
         assert len(list((tmp_path / "out").glob("*.jpg"))) == 3
         nothing = balms("detect", "predict", detector, photos / "a.jpg")
-        assert nothing.code == 3 and nothing.out == "" and "not one of 1 images could be read" in nothing.err
+        assert nothing.code == 3 and nothing.out == "" and "no image could be read, of 1; " in nothing.err
+        assert "a.jpg: not an image" in nothing.err
 
     def test_same_names_of_two_folders(self, balms, detector, photos, tmp_path):
         other = shutil.copytree(photos, tmp_path / "other")

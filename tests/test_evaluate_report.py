@@ -220,7 +220,12 @@ def test_all_gates_must_hold_and_each_that_fails_is_named(balms, chain, heads, p
     assert held.code == 0
     gates = ["--require", "top1>=0", "--require", "few>100%", "--require", "ece<0"]
     missed = balms("evaluate", *heads[:2], *gates, "--report", tmp_path / "r", "--json", "-q")
-    assert missed.code == 6 and json.loads(missed.out)["report"] == str(tmp_path / "r")  # the result is out all the same
+    found = json.loads(missed.out)
+    assert missed.code == 6 and found["report"] == str(tmp_path / "r")  # the result is out all the same
+    for one in found["runs"]:
+        assert one["gates"] == [{"require": "top1>=0", "value": one["top1"], "met": True},
+                                {"require": "few>1", "value": one["few"], "met": False},
+                                {"require": "ece<0", "value": one["ece"], "met": False}]  # fmt: skip
     (told,) = [line for line in missed.err.splitlines() if line.startswith("error: ")]
     assert told.count("is not met") == 2 and "few>1 is not met" in told and "ece<0 is not met" in told and "top1" not in told
     assert all(told.count(f"({run})") == 2 for run in heads[:2])

@@ -18,7 +18,8 @@ from balms_cli.metrics import SCALARS, Scores
 from balms_cli.report import compare, run_files
 from balms_cli.report.compare import difference, differences, same_images, seeds
 from balms_cli.report.document import build, plain, unique_names
-from balms_cli.report.text import escape, markdown
+from balms_cli.report.html import points
+from balms_cli.report.text import escape, markdown, percent
 from balms_cli.report.write import csv_files, json_text
 
 from .report_helpers import long_tail, make_header, make_manifest, make_scored, noisy_logits
@@ -309,6 +310,33 @@ def test_a_configuration_with_odd_values_still_makes_plain_json(folder, manifest
     assert recipe["lr"] == {"value": "2020-01-01", "source": [1]} and recipe["loss"]["value"] is None
     assert recipe["odd"]["value"] == "a\\nb" and json.loads(json_text(document)) == document
     assert "2020-01-01" in markdown(document)
+
+
+def test_a_classifier_says_what_it_has_from_stage_1(folder, manifest, labels):
+    """Its own recipe has no backbone: the network is the checkpoint's, the weights are known from stage 1's header alone."""
+    scored = make_scored(manifest, noisy_logits(np.random.default_rng(0), labels, K), run=str(folder))
+    recipe = build([scored])["runs"][0]["recipe"]
+    assert recipe["backbone"] == {"value": "resnet32", "source": "stage 1"} and recipe["image_size"]["value"] == 32
+    assert "weights" not in recipe and recipe["lr"]["value"] == 0.1
+    parent = make_header(manifest, stage="pretrain", recipe={"seed": 0, "weights": "imagenet"})
+    assert run_files.taken_over(scored.header, parent)["weights"] == {"value": "imagenet", "source": "stage 1"}
+    assert run_files.taken_over(parent, None) == {}
+
+
+@pytest.mark.parametrize("classifier", ["ncm", "tau-norm"])
+def test_a_classifier_made_without_training_shows_no_steps(folder, manifest, classifier):
+    values = {"seed": 0, "steps": 2000, "lr": 0.1, "classifier": classifier}
+    untrained = make_header(manifest, classifier=classifier, recipe=values)
+    assert set(run_files.recipe(folder, untrained)) == {"seed", "classifier"}
+    (folder / "config.toml").write_text('[retrain]\nsteps = 2000\nviews = 4\n[source]\nsteps = "preset quick"\n')
+    assert set(run_files.recipe(folder, untrained)) == {"views"}
+    assert run_files.recipe(folder, make_header(manifest, recipe=values))["steps"]["value"] == 2000
+
+
+def test_what_lies_between_two_decimals_is_rounded_alike_in_terminal_and_report():
+    """A standard error of 0.25 that is a rounding error more in memory than in the document."""
+    exact = 0.0025 + 1e-12
+    assert percent(exact) == percent(plain(exact)) == "0.2" and points(exact) == points(plain(exact)) == "0.2"
 
 
 def test_a_parent_is_the_checkpoint_that_it_was(folder, tmp_path, manifest):

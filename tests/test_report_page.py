@@ -518,6 +518,21 @@ def test_advice_on_a_classifier_starts_from_its_backbone_and_doubles_its_steps(s
     assert "balms retrain /runs/first --loss balanced --meta-sampler --steps 300" in verdict_of(of)[2]
 
 
+@pytest.mark.parametrize("key, values, told", [
+    ("backbone", ("resnet18", "resnet32"), "different backbones (resnet18, resnet32), so gaps are not the last layer"),
+    ("image_size", (32, 64), "images of different sizes"), ("weights", (None, "imagenet"), "different weights"),
+    ("backbone", ("resnet32", "resnet32"), None),
+])  # fmt: skip
+def test_the_verdict_says_where_backbones_differ(several, key, values, told):
+    of = copy.deepcopy(several)
+    for run, value in zip(of["runs"], values, strict=True):
+        run["recipe"][key] = {"value": value, "source": "stage 1"}
+    points = " ".join(verdict_of(of))
+    assert told in points if told else "The runs have" not in points
+    del of["runs"][0]["recipe"][key]  # not known
+    assert "not the last layer" not in " ".join(verdict_of(of))
+
+
 def test_of_equal_runs_the_first_is_the_best(several):
     equal = copy.deepcopy(several)
     equal["runs"][1]["metrics"] = equal["runs"][0]["metrics"]

@@ -5,6 +5,7 @@ On a terminal: bars with ETA. Elsewhere: a plain line every few seconds. ``--qui
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from ..data.aside import printable
 from ..reporter import Reporter, Task
 
 _PLAIN_SECONDS = 5.0
+_LEAST = 16  # characters of a line of text in a table, before its numbers go into a second one
+_NUMBER = re.compile(r"(?:[-\d.,%+−±~*–\s]|\bto\b)*")  # 45.9, an interval below it, a dash, a mark
 
 
 class _Stderr(Console):
@@ -42,7 +45,11 @@ def escape(text: str) -> str:
 def print_result(result: dict[str, Any] | str) -> None:
     """The one thing on stdout: a path on a line, or one JSON object."""
     text = result if isinstance(result, str) else json.dumps(result, allow_nan=False)
-    sys.stdout.write(text + "\n")
+    try:
+        sys.stdout.write(text + "\n")
+    except UnicodeEncodeError:  # a code page that lacks one of its characters: escaped there, in JSON nothing is lost
+        code = sys.stdout.encoding
+        sys.stdout.write(text.encode(code, "backslashreplace").decode(code) + "\n")
     sys.stdout.flush()
 
 
@@ -67,12 +74,21 @@ class ConsoleReporter(Reporter):
         self.console.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
 
     def table(self, title: str, columns: list[str], rows: list[list[Any]]) -> None:
-        table = Table(title=escape(title), title_justify="left", title_style="bold")
-        for i, column in enumerate(columns):
-            table.add_column(escape(column), justify="right" if i else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(escape(str(cell)) for cell in row))
-        self.console.print(table)
+        """Text folds where it has to; a number never does: columns that do not fit go into another table below."""
+        rows = [[str(cell) for cell in row] for row in rows]
+        cells = [[row[i] for row in rows] for i in range(len(columns))]
+        room = self.console.width
+        tight = sum(_wide([heading, *of]) + 3 for heading, of in zip(columns, cells, strict=True)) + 1 > room
+        for n, block in enumerate(_blocks(columns, cells, room)):
+            table = Table(title=None if n else escape(title), title_justify="left", title_style="bold")
+            for i in block:
+                number = _is_number(i, cells[i])
+                broken = tight and number and cell_len(columns[i]) > _wide(cells[i])
+                heading = columns[i].replace(" ", "\n") if broken else columns[i]
+                table.add_column(escape(heading), justify="right" if i else "left", overflow="fold", no_wrap=number)
+            for row in rows:
+                table.add_row(*(escape(row[i]) for i in block))
+            self.console.print(table)
 
     def bars(self, title: str, labels: list[str], values: list[float], texts: list[str]) -> None:
         wide = max(map(cell_len, labels))
@@ -94,6 +110,28 @@ class ConsoleReporter(Reporter):
                    TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}")]  # fmt: skip
         with Progress(*columns, console=self.console) as progress:
             yield _BarTask(progress, progress.add_task(description, total=total, metrics=""))
+
+
+def _is_number(i: int, cells: list[str]) -> bool:
+    return i > 0 and all(_NUMBER.fullmatch(cell) for cell in cells)
+
+
+def _wide(texts: list[str]) -> int:
+    """Cells of the terminal that the longest line takes."""
+    return max((cell_len(line) for text in texts for line in text.split("\n")), default=0)
+
+
+def _blocks(columns: list[str], cells: list[list[str]], room: int) -> list[list[int]]:
+    """The columns of each table: one where all fit into ``room``, else as many as it takes, each led by the same text."""
+    need = [max(_wide(of), _wide(heading.split(" "))) if _is_number(i, of) else min(_LEAST, _wide([heading, *of]))
+            for i, (heading, of) in enumerate(zip(columns, cells, strict=True))]  # fmt: skip
+    first = next((i for i, of in enumerate(cells) if _is_number(i, of)), len(columns))
+    lead, blocks = list(range(first)), [list(range(first))]
+    for i in range(first, len(columns)):
+        if len(blocks[-1]) > len(lead) and sum(need[c] + 3 for c in [*blocks[-1], i]) + 1 > room:
+            blocks.append([*lead])
+        blocks[-1].append(i)
+    return blocks
 
 
 def _metrics_text(metrics: dict[str, float]) -> str:

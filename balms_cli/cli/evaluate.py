@@ -17,7 +17,11 @@ def command(
     data: o.Data = None,
     report: Annotated[Path | None, Option(metavar="FOLDER", help="Write a report there: one page (index.html), its figures as "
                                           "PNG, its numbers as JSON, CSV and Markdown.")] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier report in --report.")] = False,
+    predictions: Annotated[Path | None, Option(metavar="FILE", help="Write each image's key, true and predicted class and raw "
+                                               "logits there, as .csv or .npz: raw also with --target-prior and "
+                                               "--posthoc-tau.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier report in --report, or the file of "
+                                      "--predictions.")] = False,
     require: Annotated[list[str] | None, Option(metavar="EXPR", help="Gate such as 'few>=0.30' or 'ece<=5%'; repeatable; "
                                                 "exit 6 where one is not met.")] = None,
     split: Annotated[str | None, Option(help="test, val or train.")] = None,

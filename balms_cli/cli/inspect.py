@@ -14,8 +14,8 @@ def _evaluate(params: Params, world) -> None:
 
     reporter = make_reporter(params["quiet"])
     resolved = resolve_params("evaluate", {**params, "require": params["require"] or None})
-    if params["overwrite"] and params["report"] is None:
-        raise ConfigError("--overwrite is about a report: say where by --report, or leave it out")
+    if params["overwrite"] and params["report"] is None and params["predictions"] is None:
+        raise ConfigError("--overwrite is about --report or --predictions: say where by one of them, or leave it out")
     if params["print_config"]:
         return print_result(resolved.to_toml().rstrip())
     files = inputs.find_checkpoints(params["runs"], params["workspace"], ("retrain", "pretrain"), reporter)
@@ -23,7 +23,7 @@ def _evaluate(params: Params, world) -> None:
     from ..stages.evaluate import hold_gates, run
 
     evaluation = run(resolved.config, files, params["data"], reporter, report=params["report"],
-                     overwrite=params["overwrite"], world=world or ALONE)  # fmt: skip
+                     predictions=params["predictions"], overwrite=params["overwrite"], world=world or ALONE)  # fmt: skip
     if params["json"]:
         print_result(evaluation.to_json())
     else:

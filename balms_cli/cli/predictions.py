@@ -12,7 +12,7 @@ from ..data.aside import printable
 from ..data.folders import undecoded
 from ..errors import DataError
 from ..reporter import Reporter
-from .console import ConsoleReporter, print_result
+from .console import print_result
 
 _SECONDS = 10.0  # between two lines that say how far it is
 
@@ -30,7 +30,8 @@ def paths_of(arguments: Iterable[str]) -> Iterator[str]:
 
 def write(predictor, arguments: list[str], *, as_json: bool, quiet: bool, reporter: Reporter) -> None:
     """Raises: DataError (exit 3) where not one image could be read."""
-    told, passed = ConsoleReporter(), Counter()  # what could not be read is told with --quiet too
+    passed: Counter[str] = Counter()
+    first = None  # of the images that could not be read, and why
     as_table = not (as_json or quiet) and sys.stdout.isatty() and sys.stderr.isatty()
     good = bad = 0
     began = said = time.monotonic()
@@ -38,7 +39,8 @@ def write(predictor, arguments: list[str], *, as_json: bool, quiet: bool, report
         for batch in batches:
             for one in batch:
                 if one.error is not None:
-                    told.warn(f"{printable(one.path)} is left out: {one.error}")
+                    first = first or f"{printable(one.path)}: {one.error}"
+                    reporter.warn(f"{printable(one.path)} is left out: {one.error}")
             read = [one for one in batch if one.error is None]
             good, bad = good + len(read), bad + len(batch) - len(read)
             if as_table and read:
@@ -49,7 +51,7 @@ def write(predictor, arguments: list[str], *, as_json: bool, quiet: bool, report
                 said = time.monotonic()
                 reporter.note(f"{good + bad:,} images, {(good + bad) / (said - began):.0f} a second")
     if not good:
-        raise DataError(nothing_read(bad, passed))
+        raise DataError(nothing_read(bad, passed, first))
     reporter.note(f"classified: {good:,} of {good + bad:,} images in {time.monotonic() - began:.1f} s{passed_over(passed)}")
 
 
@@ -71,9 +73,10 @@ def _table(predictor, read: list, reporter: Reporter) -> None:
     reporter.table(title, ["image", "class", "score", "next"], rows)
 
 
-def nothing_read(bad: int, passed: Counter[str]) -> str:
+def nothing_read(bad: int, passed: Counter[str], first: str | None) -> str:
+    """``first``: an image that could not be read, and why."""
     if bad:
-        return f"not one of {bad:,} images could be read; the lines above say why"
+        return f"no image could be read, of {bad:,}; {first}"
     return f"there are no images in what was named{passed_over(passed)}"
 
 

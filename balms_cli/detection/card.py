@@ -29,7 +29,11 @@ def _what(header: DetectHeader, report: dict[str, Any]) -> str:
                  f"the detector that it began with (sha256 `{header.parent_sha256}`).")  # fmt: skip
     else:
         text += f"All of it was trained together, its box classifier by the {markdown(header.loss)} loss."
-    return f"{head}\n\n# {kind} for {len(header.categories):,} categories\n\n{text}"
+    return f"{head}\n\n# {kind} for {_counted(len(header.categories))}\n\n{text}"
+
+
+def _counted(count: int) -> str:
+    return f"{count:,} {'category' if count == 1 else 'categories'}"
 
 
 def _data(header: DetectHeader) -> str:
@@ -38,7 +42,7 @@ def _data(header: DetectHeader) -> str:
     rows = [("categories", f"{len(images):,}"), ("training images", f"{header.num_images:,}"),
             ("instances", f"{sum(c.instance_count for c in images):,}"),
             ("images of a category", f"{images[0].image_count:,} down to {images[-1].image_count:,}"),
-            *((words, f"{by_group[group]:,} categories") for group, words in _GROUPS.items()),
+            *((words, _counted(by_group[group])) for group, words in _GROUPS.items()),
             ("annotations sha256", f"`{header.annotations_sha256}`")]  # fmt: skip
     half = _SHOWN // 2
     shown = images if len(images) <= _SHOWN else [*images[:half], None, *images[-half:]]
@@ -75,7 +79,7 @@ def _use(header: DetectHeader) -> str:
 def _limits(header: DetectHeader) -> str:
     rare = sorted((c for c in header.categories if c.frequency == "r"), key=lambda c: (c.image_count, c.name))
     arch = header.architecture
-    points = [f"It looks for the {len(header.categories):,} categories above and for nothing else.",
+    points = [f"It looks for the {_counted(len(header.categories))} above and for nothing else.",
               f"An image is shown to it with a shorter side of {arch.test_size} px, the longer one at most {arch.max_size}: "
               "what is a few pixels large then is not found."]  # fmt: skip
     if rare:

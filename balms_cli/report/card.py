@@ -56,10 +56,10 @@ def model_card(header: Header, report: dict[str, Any], recipe: dict[str, dict[st
 
 
 def implied_prior(header: Header, shown: Callable[[str], str] = printable) -> str:
-    """What the raw logits of a checkpoint mean, in a sentence: the class prior that they are right for. ``shown``: how a
+    """What the raw logits of a checkpoint mean, in a sentence: the class prior that they are meant for. ``shown``: how a
     name is written where the sentence stands."""
     if not header.prior_exact:
-        return (f"Raw scores are right for no class prior that could be written down ({shown(header.loss)} loss, "
+        return (f"Raw scores are meant for no class prior that could be written down ({shown(header.loss)} loss, "
                 f"{shown(header.classifier)} classifier); --target-prior takes the training law for it.")  # fmt: skip
     log_C, counts_C = np.array(header.implied_log_prior), np.array(header.class_counts, dtype=np.float64)
     log_C = log_C - log_C.max()
@@ -69,15 +69,15 @@ def implied_prior(header: Header, shown: Callable[[str], str] = printable) -> st
         return bool(np.allclose(share_C, law_C / law_C.sum(), rtol=1e-3, atol=0))
 
     if is_law(np.ones_like(counts_C)):
-        return "Raw scores are right where all classes are equally frequent; for other shares use --target-prior."
+        return "Raw scores are meant for data where all classes are equally frequent; for other shares use --target-prior."
     otherwise = "; where all are equally frequent, use --target-prior uniform."
     if is_law(counts_C):
-        return f"Raw scores are right where classes are as frequent as in training{otherwise}"
+        return f"Raw scores are meant for data where classes are as frequent as in training{otherwise}"
     if is_law(1 / counts_C):
-        return f"Raw scores are right where the rare classes are the frequent ones (shares 1/n: over-balanced){otherwise}"
+        return f"Raw scores are meant for data where the rare classes are frequent (shares 1/n: over-balanced){otherwise}"
     most, least = int(share_C.argmax()), int(share_C.argmin())
     return (
-        f"Raw scores are right for class shares of their own, from {100 * share_C[most]:.3g} % "
+        f"Raw scores are meant for class shares of their own, from {100 * share_C[most]:.3g} % "
         f"({shown(header.classes[most])}) down to {100 * share_C[least]:.3g} % ({shown(header.classes[least])}){otherwise}"
     )
 

@@ -21,6 +21,7 @@ from ..metrics.intervals import DRAWS, LEVEL, SEED, wilson
 from ..metrics.tail import gini, head_share
 from . import run_files
 from .compare import differences, same_images, seeds
+from .html import six_digits
 from .scored import Scored
 
 FORMAT, VERSION = "balms report", 1
@@ -112,7 +113,7 @@ def _run(one: Scored, name: str, first: Scored) -> dict[str, Any]:
         "rates": run_files.learned_rates(one.run, header, one.classes),
         "curves": run_files.curves(one.run, header.stage),
         "parent_curves": run_files.curves(parent[0], parent[1].stage) if parent else None,
-        "recipe": run_files.recipe(one.run, header),
+        "recipe": run_files.recipe(one.run, header) | run_files.taken_over(header, parent and parent[1]),
         "provenance": run_files.provenance(one.run, header),
     }  # fmt: skip
 
@@ -181,7 +182,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, (float, np.floating)):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
+        return six_digits(value) if np.isfinite(value) else None
     if isinstance(value, np.integer):
         return int(value)
     if value is None or isinstance(value, int):

@@ -153,8 +153,13 @@ def place(path: Iterable[Any]) -> str:
     return ".".join(str(key).replace("~", "~0").replace(".", "~1") for key in path)
 
 
+def six_digits(value: float) -> float:
+    """As report.json keeps it, so that what lies on the edge of two decimals is rounded alike wherever it is shown."""
+    return float(f"{value:.6g}")
+
+
 def points(value: float, sign: bool = False) -> str:
-    text = f"{100 * abs(value):.1f}"
+    text = f"{100 * abs(six_digits(value)):.1f}"
     return ("" if text == "0.0" else "+" if value > 0 else "−") + text if sign else text
 
 

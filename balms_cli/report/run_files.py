@@ -17,6 +17,8 @@ _MAX_BYTES = {CONFIG: 500_000, METRICS: 50_000_000, RATES: 5_000_000}  # each ma
 # What reading such a file raises where it is not what it should be; deep nesting and 1e999 for a step included.
 _NOT_OURS = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 _MOST_POINTS = 500  # of a curve: more than a figure is wide
+_OF_TRAINING = ("steps", "epochs", "lr", "warmup_steps", "warmup_lr", "momentum", "nesterov", "weight_decay", "loss", "sampler",
+                "drw", "drw_start")  # fmt: skip
 _LARGEST = 1e100  # what is larger, or not a number, no figure can show
 
 
@@ -75,13 +77,26 @@ def learned_rates(run: Path, header: Header, classes: list[str]) -> dict[str, An
 def recipe(run: Path, header: Header) -> dict[str, dict[str, Any]]:
     """Every value of the run's configuration and the layer it came from (default, preset, file, flag).
 
-    Without ``config.toml`` the values are the checkpoint header's, whose sources are not known: None.
+    Without ``config.toml`` the values are the checkpoint header's, whose sources are not known: None. A classifier that was
+    made without training has none of training.
     """
     config = read_config(run)
     values, sources = _table(config, header.stage), _table(config, "source")
     if not values:
-        return {key: {"value": value, "source": None} for key, value in header.recipe.items()}
-    return {key: {"value": value, "source": sources.get(key)} for key, value in values.items()}
+        values, sources = header.recipe, {}
+    unused = _OF_TRAINING if header.stage == "retrain" and header.classifier in ("tau-norm", "ncm") else ()
+    return {key: {"value": value, "source": sources.get(key)} for key, value in values.items() if key not in unused}
+
+
+def taken_over(header: Header, parent: Header | None) -> dict[str, dict[str, Any]]:
+    """What a classifier of stage 2 has from stage 1, as entries of its recipe: the network, and what its weights began
+    with where ``parent``, the stage-1 run's header, is known."""
+    if header.stage != "retrain":
+        return {}
+    values = {"backbone": header.backbone, "image_size": header.image_size}
+    if parent is not None and "weights" in parent.recipe:
+        values["weights"] = parent.recipe["weights"]
+    return {key: {"value": value, "source": "stage 1"} for key, value in values.items()}
 
 
 def provenance(run: Path, header: Header) -> dict[str, Any]:

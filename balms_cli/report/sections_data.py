@@ -86,7 +86,8 @@ def recipe(page: Parts) -> Safe:
     else:
         rest = [key for key in keys if key not in chosen]
     stages = sorted({run["stage"] for run in page.view.runs})
-    lede = say("Every value and where it came from: a default, the preset, a configuration file, or a flag. ",
+    lede = say("Every value and where it came from: a default, the preset, a configuration file, a flag, or the "
+               "run of stage 1 whose backbone it has. ",
                "Stages: " + ", ".join(stages) + "." if len(stages) > 1 else "")  # fmt: skip
     return section("recipe", "Recipe", lede, _recipe_table(page, chosen, "Chosen for these runs" if rest else "All values"),
                    folded(f"Left at the default: {', '.join(rest[:6])}{', …' if len(rest) > 6 else ''}",

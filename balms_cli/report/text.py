@@ -9,7 +9,7 @@ from typing import Any
 
 from ..metrics import GROUPS
 from . import card
-from .html import plural, points
+from .html import plural, points, six_digits
 
 COLUMNS = {"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced", "many": "many", "medium": "medium",
            "few": "few", "rarest3": "rarest 3"}  # fmt: skip
@@ -33,7 +33,7 @@ def escape(value: Any) -> str:
 
 def percent(value: float | None) -> str:
     """An accuracy in percent with one decimal, an en dash for an empty group."""
-    return "–" if value is None else f"{100 * value:.1f}"
+    return "–" if value is None else f"{100 * six_digits(value):.1f}"
 
 
 def _counted(count: int, noun: str) -> str:

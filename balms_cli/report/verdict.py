@@ -213,7 +213,7 @@ def _several(view: View, numbers: Numbers) -> Verdict:
     else:
         headline = _best_sentence(view, numbers, best, found, name, first)
     verdict = Verdict(headline)
-    verdict.points = [p for p in (*(_costs(view, numbers, best, found) if found else ()),
+    verdict.points = [p for p in (_backbones_differ(view), *(_costs(view, numbers, best, found) if found else ()),
                                   gap_sentence(view, numbers, 0, name=True),
                                   gap_sentence(view, numbers, best, name=True) if best else None,
                                   scores_sentence(view, numbers, 0, name=True),
@@ -222,6 +222,17 @@ def _several(view: View, numbers: Numbers) -> Verdict:
         verdict.advice = [(join(["Use ", name, ":"]), f"balms predict {_typed(view.runs[best]['run'])} IMAGES")]
     verdict.advice += advise(view, numbers, best)
     return verdict
+
+
+def _backbones_differ(view: View) -> Safe | None:
+    """That the runs differ in more than how the tail was treated, where they do; what is not known of a run is passed over."""
+    for key, words in {"backbone": "have different backbones", "image_size": "see images of different sizes",
+                       "weights": "began with different weights"}.items():  # fmt: skip
+        known = list(dict.fromkeys(str(run["recipe"][key].get("value")) for run in view.runs if key in run["recipe"]))
+        if len(known) > 1:
+            names = join([" (", join([named(name, 24) for name in known[:3]], ", "), ", …)" if len(known) > 3 else ")"])
+            return join([f"The runs {words}", names if key == "backbone" else None, ", so gaps are not the last layer alone."])
+    return None
 
 
 def _real(found: dict[str, Any], metric: str) -> bool:

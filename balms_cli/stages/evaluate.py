@@ -1,7 +1,10 @@
 """``balms evaluate``: the only place that reads test data."""
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from ..report import compare, document, write
 from ..report.scored import Scored
 from ..reporter import Reporter
 from .common import Images, check_classes, check_trained, load_images
+from .evaluate_predictions import check_file, writing
 from .evaluate_show import show, show_bound, show_differences, show_seeds
 from .prior import adjustment, warn_of_inexact
 
@@ -36,13 +40,14 @@ class Evaluation:
     """What was found of each checkpoint, in the order asked for.
 
     ``differences`` and ``seeds``: of several runs, as in the report's document, with runs named by their folders' paths.
-    ``report``: the folder that a report was written to.
+    ``report``: the folder that a report was written to; ``predictions``: the file of logits.
     """
 
     scored: list[Scored]
     differences: list[dict[str, Any]] = field(default_factory=list)
     seeds: list[dict[str, Any]] = field(default_factory=list)
     report: Path | None = None
+    predictions: Path | None = None
 
     @property
     def runs(self) -> list[dict[str, Any]]:
@@ -50,22 +55,27 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         several = {"runs": self.runs, "differences": self.differences, "seeds": self.seeds}
-        return (self.runs[0] if len(self.runs) == 1 else several) | ({"report": str(self.report)} if self.report else {})
+        written = {"report": self.report, "predictions": self.predictions}
+        return (self.runs[0] if len(self.runs) == 1 else several) | {key: str(to) for key, to in written.items() if to}
 
 
 def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, reporter: Reporter | None = None, *,
-        report: Path | None = None, overwrite: bool = False, world: World = ALONE) -> Evaluation:  # fmt: skip
+        report: Path | None = None, predictions: Path | None = None, overwrite: bool = False, world: World = ALONE
+        ) -> Evaluation:  # fmt: skip
     """Score the checkpoints ``files`` on the test split of their manifest, or of ``data``.
 
-    ``report``: a folder to write a report to; ``overwrite``: an earlier report there may go. Process 0 writes it.
-    Raises: CheckpointError, DataError, ConfigError (a gate that cannot be read, or on an empty group; a folder that cannot
-    be the report's). Gates are held by :func:`hold_gates`, after the result is out.
+    ``report``: a folder to write a report to; ``predictions``: a .csv or .npz file for each image's raw logits;
+    ``overwrite``: earlier ones there may go. Process 0 writes them.
+    Raises: CheckpointError, DataError, ConfigError (a gate that cannot be read, or on an empty group; a place that cannot
+    be written to). Gates are held by :func:`hold_gates`, after the result is out.
     """
     reporter = reporter or Reporter()
     runtime = setup(config.device, config.precision)
     gates = [Gate.parse(text) for text in config.require]
     if report is not None:
-        _agree_on_place(report, overwrite, world)
+        _by_main(lambda: write.check_folder(report, overwrite=overwrite), world)
+    if predictions is not None:
+        _by_main(lambda: check_file(predictions, overwrite=overwrite), world)
     headers = [read_header(file) for file in files]  # every input is refused before any is scored
     manifests = [manifest_of(file, header, data) for header, file in zip(headers, files, strict=True)]
     for header, manifest, file in zip(headers, manifests, files, strict=True):
@@ -79,23 +89,26 @@ def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, rep
     for header in headers:
         adjustment(config, header)
     cache = _Cache(config, runtime, reporter, world)
-    scored = [
-        _score(config, file, manifest, manifests[0].classes, runtime, cache, reporter)
-        for file, manifest in zip(files, manifests, strict=True)
-    ]
-    names = document.unique_names([one.run for one in scored])
-    show(scored, names, reporter)
-    for one in scored:
-        if "bound" in one.result:
-            show_bound(one.result, reporter)
-    for gate in gates:
+    classes, scored = manifests[0].classes, []
+    with _predictions(predictions, [str(file.parent) for file in files], classes, world) as put:
+        for n, (file, manifest) in enumerate(zip(files, manifests, strict=True)):
+            scored.append(_score(config, file, manifest, classes, runtime, cache, reporter, partial(put, n)))
+        names = document.unique_names([one.run for one in scored])
+        show(scored, names, reporter)
         for one in scored:
-            gate.met_by(one.result)  # an empty group is told before anything is printed or written as a result
+            if "bound" in one.result:
+                show_bound(one.result, reporter)
+        for one in scored:  # an empty group is told before anything is printed or written as a result
+            if gates:
+                one.result["gates"] = [{"require": str(gate), "value": one.result[gate.metric], "met": gate.met_by(one.result)}
+                                       for gate in gates]  # fmt: skip
+    if predictions is not None:
+        reporter.note(f"predictions: {predictions}")
     differences, seeds = ([], []) if len(scored) == 1 else _compare(scored, names, reporter)
     if report is not None and world.main:
         write.write_report(document.build(scored), scored, report, reporter, overwrite=overwrite)
         reporter.note(f"report: {report / write.PAGE}")
-    return Evaluation(scored, differences, seeds, report)
+    return Evaluation(scored, differences, seeds, report, predictions)
 
 
 def hold_gates(config: EvaluateConfig, evaluation: Evaluation) -> None:
@@ -109,16 +122,26 @@ def hold_gates(config: EvaluateConfig, evaluation: Evaluation) -> None:
         raise GateError("; ".join(told))
 
 
-def _agree_on_place(report: Path, overwrite: bool, world: World) -> None:
-    """Refuse a folder that a report cannot go to before anything is scored: process 0 looks, and all of them stop."""
+def _by_main(action: Callable[[], None], world: World) -> None:
+    """Process 0 acts for all of them; where it is refused, all of them stop."""
     refused = None
     if world.main:
         try:
-            write.check_folder(report, overwrite=overwrite)
+            action()
         except BalmsError as error:
             refused = error
     if refused := world.agree(refused):
         raise refused
+
+
+@contextmanager
+def _predictions(file: Path | None, runs: list[str], classes: list[str], world: World) -> Iterator[Callable[..., None]]:
+    """What :func:`_score` hands each run's raw logits to: they go into ``file``, where one is asked for."""
+    if file is None:
+        yield lambda *_: None
+        return
+    with writing(file, runs, classes) if world.main else nullcontext() as add:
+        yield lambda *of: _by_main(lambda: add(*of), world)
 
 
 def _check_same_classes(manifests: list[Manifest], files: list[Path]) -> None:
@@ -147,19 +170,20 @@ def _compare(scored: list[Scored], names: list[str], reporter: Reporter) -> tupl
 
 
 def _score(config: EvaluateConfig, file: Path, manifest: Manifest, classes: list[str], runtime, cache: "_Cache",
-           reporter: Reporter) -> Scored:  # fmt: skip
+           reporter: Reporter, put: Callable[..., None]) -> Scored:  # fmt: skip
     model, header = load_model(file)
     logits_NC, labels_N = cache.logits(model, header, manifest, config.split, file.parent.name)
-    shift_C = adjustment(config, header)
-    if shift_C is not None:
-        logits_NC = logits_NC + shift_C.to(logits_NC)
-        warn_of_inexact(shift_C, header, file.parent.name, reporter)
     # Classes are matched by name: columns and labels into the order of ``classes``, whatever the checkpoint's and the data's.
     place = {name: c for c, name in enumerate(header.classes)}
     order = [place[name] for name in classes]
     counts = [header.class_counts[c] for c in order]
     rank = {name: c for c, name in enumerate(classes)}
     truth_N = np.array([rank[name] for name in manifest.classes])[labels_N.numpy()]
+    put(manifest.splits[config.split].keys, truth_N, logits_NC, order)
+    shift_C = adjustment(config, header)
+    if shift_C is not None:
+        logits_NC = logits_NC + shift_C.to(logits_NC)
+        warn_of_inexact(shift_C, header, file.parent.name, reporter)
     try:
         scores = Scores.of(logits_NC[:, order].numpy(), truth_N)
     except ValueError as error:

@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Context, Option
 
 from .. import options as o
-from ..console import ConsoleReporter, make_reporter, print_result
+from ..console import make_reporter, print_result
 from ..execute import Params, resolve_params
 
 
@@ -86,14 +86,15 @@ def _write(predictor, results, params: Params, threshold: float, reporter) -> No
     from ...errors import DataError
     from ..predictions import nothing_read, passed_over, paths_of
 
-    told, passed = ConsoleReporter(), Counter()  # what could not be read is told with --quiet too
+    passed, first = Counter(), None
     good = bad = objects = empty = 0
     began = said = time.monotonic()
     out = None if results is None else results.folder
     with closing(predictor.predict(paths_of(params["photos"]), passed, out=out)) as photos:
         for photo in photos:
             if photo.error is not None:
-                told.warn(f"{printable(photo.path)} is left out: {photo.error}")
+                reporter.warn(f"{printable(photo.path)} is left out: {photo.error}")
+                first = first or f"{printable(photo.path)}: {photo.error}"
             good, bad = good + (photo.error is None), bad + (photo.error is not None)
             objects, empty = objects + len(photo.detections), empty + (photo.error is None and not photo.detections)
             picture = None if results is None else results.write(photo)
@@ -105,7 +106,7 @@ def _write(predictor, results, params: Params, threshold: float, reporter) -> No
                 said = time.monotonic()
                 reporter.note(f"{good + bad:,} images, {(good + bad) / (said - began):.1f} a second")
     if not good:
-        raise DataError(nothing_read(bad, passed))
+        raise DataError(nothing_read(bad, passed, first))
     if not objects:
         reporter.warn(f"nothing scores {threshold:g} or more in these images; a lower --score-threshold shows more")
     reporter.note(f"found: {objects:,} objects in {good - empty:,} of {good:,} images, {time.monotonic() - began:.1f} s"
