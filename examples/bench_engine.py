@@ -24,6 +24,7 @@ import copy
 import itertools
 import json as json_module
 import os
+import platform
 import random
 import statistics
 import sys
@@ -252,6 +253,17 @@ def full_run(data_root: Path, device: str, steps: int = 13_000) -> dict:
             **{k: report[k] for k in ("steps", "seconds", "images_per_second", "final_loss")}}  # fmt: skip
 
 
+def processor() -> str:
+    """What the CPU is, and what it multiplies bf16 with: ratios differ with it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    units = [unit for unit in ("amx_tile", "avx512_bf16") if getattr(torch.cpu, f"_is_{unit}_supported", lambda: False)()]
+    return ", ".join([name, *units])
+
+
 def main(
     data_root: Annotated[Path | None, typer.Argument(help="Folder with cifar100.zip or cifar10.zip.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -293,7 +305,7 @@ def main(
         "workers": found[chosen[0]]["workers"],
         "precision": {"a, c": found[chosen[0]]["precision"], "b": "fp32, TF32 allowed" if on_gpu else "fp32"},
         "device": torch.cuda.get_device_name(where) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
-        "threads": torch.get_num_threads(), "versions": versions(), "date": date.today().isoformat(),
+        "processor": processor(), "threads": torch.get_num_threads(), "versions": versions(), "date": date.today().isoformat(),
         "command": f"python examples/bench_engine.py {'DATA_ROOT ' if data_root else ''}--device {where} --nets {nets}"
         + (f" --threads {threads}" if threads else "") + (f" --compile {compile}" if compile != "auto" else "")
         + (" --full" if full else ""), "compile": {n: f["compile"] for n, f in found.items()},
