@@ -1,6 +1,8 @@
 """Shared fixtures: an isolated environment, the command line in process, and a small trained chain."""
 
 import os
+import signal
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,24 @@ def invoke(*arguments, stdin: str | None = None) -> Outcome:
 
     result = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin, prog_name="balms")
     return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+@contextmanager
+def interrupted_after(steps: int):
+    """Within it SIGINT comes right after so many optimizer steps."""
+    from balms_cli.engine.optim import Guard
+
+    taken, step = [], Guard.step
+
+    def counted(self, loss, *optimizers):
+        step(self, loss, *optimizers)
+        taken.append(1)
+        if len(taken) == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guard, "step", counted)
+        yield
 
 
 @pytest.fixture

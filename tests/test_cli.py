@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tomllib
@@ -15,7 +14,7 @@ from PIL import Image
 from balms_cli.engine.run_dir import clear_run, new_run
 from balms_cli.errors import ConfigError
 
-from .conftest import SMALL, draw_photos, invoke
+from .conftest import SMALL, draw_photos, interrupted_after, invoke
 
 FEW = ["--steps", "20", "--set", "meta_batch_size=16", "--batch-size", "16", "--set", "class_rows=8", "--views", "2"]
 
@@ -565,20 +564,10 @@ def test_a_stage_that_takes_one_refuses_several_on_stdin(chain, stage):
     assert refused.code == 2 and "stdin names 2" in refused.err and refused.out == ""
 
 
-def test_a_run_goes_on_only_with_the_rates_that_it_began_with(chain, tmp_path, monkeypatch):
-    from balms_cli.engine.optim import Guard
-
-    rates, run, step, taken = tmp_path / "rates.json", tmp_path / "run", Guard.step, []
+def test_a_run_goes_on_only_with_the_rates_that_it_began_with(chain, tmp_path):
+    rates, run = tmp_path / "rates.json", tmp_path / "run"
     rates.write_text(json.dumps({"rates": {"cat": 1.0, "dog": 2.0, "emu": 3.0}}))
-
-    def stop_at_the_third(self, loss, *optimizers):
-        step(self, loss, *optimizers)
-        taken.append(1)
-        if len(taken) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Guard, "step", stop_at_the_third)
+    with interrupted_after(3):
         assert invoke("retrain", chain.pretrained, *FEW, "--sampler", rates, "--out", run, "-q").code == 130
     told = rates.read_text()
     rates.write_text(told.replace("3.0", "4.0"))

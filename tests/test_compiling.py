@@ -1,7 +1,6 @@
 """Compiled networks: what --compile means, when it is chosen, and that training goes on as without."""
 
 import os
-import signal
 import subprocess
 import sys
 
@@ -9,11 +8,10 @@ import pytest
 import torch
 
 from balms_cli.engine import compiling
-from balms_cli.engine.optim import Guard
 from balms_cli.engine.run_dir import RunDir
 from balms_cli.reporter import Reporter
 
-from .conftest import SMALL, invoke
+from .conftest import SMALL, interrupted_after, invoke
 from .test_loop import losses, weights
 
 
@@ -35,18 +33,7 @@ def test_a_long_training_is_compiled_by_itself_and_goes_on_bit_for_bit(chain, tm
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     done = invoke("pretrain", chain.manifest, *SMALL, "--out", whole)
     assert done.code == 0 and "compiling the network first" in done.err
-    inner = Guard.step
-
-    taken = []
-
-    def stop_half_way(self, loss, *optimizers):
-        inner(self, loss, *optimizers)
-        taken.append(1)
-        if len(taken) == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Guard, "step", stop_half_way)
+    with interrupted_after(7):
         assert invoke("pretrain", chain.manifest, *SMALL, "--out", parted, "--quiet").code == 130
     assert invoke("pretrain", "--resume", parted, "--quiet").code == 0
     first, second = weights(whole), weights(parted)

@@ -81,6 +81,7 @@ def test_the_work_goes_on_where_nobody_reads_the_log_any_more(monkeypatch):
     with reporter.task("pretrain", 3) as task:
         task.advance(3, loss=1.0)
     console.print_error("three")
+    assert reporter.console.quiet  # no more is tried, and nothing was raised
 
 
 @pytest.mark.parametrize("kind, bars", [("dumb", False), ("xterm", True)])

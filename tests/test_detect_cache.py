@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from balms_cli.data import aside
 from balms_cli.detection import cache as cache_module
 from balms_cli.detection.cache import SHARD_VIEWS, RegionCache, fill
 from balms_cli.errors import ConfigError, DataError
@@ -153,8 +154,26 @@ def test_a_killed_run_holds_nobody_up_and_its_half_written_shard_goes(tmp_path):
     process.wait(10)
     assert (tmp_path / "c" / ".new-1-00001.safetensors").exists()
     with new_cache(tmp_path / "c").held(lambda: pytest.fail("the one that held it is dead")):
-        assert [file.name for file in (tmp_path / "c").iterdir()] == ["lock"]
-    assert list((tmp_path / "c").iterdir()) == []
+        assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_of_three_runs_one_at_a_time_holds_the_cache(tmp_path):
+    """Also the third, which comes when the first has gone and the second, which waited for it, is at work."""
+    waits, entered, leave, told = threading.Event(), threading.Event(), threading.Event(), []
+
+    def second():
+        with new_cache(tmp_path / "c").held(waits.set):
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=second)
+    with new_cache(tmp_path / "c").held():
+        thread.start()
+        assert waits.wait(10)
+    assert entered.wait(10)
+    with new_cache(tmp_path / "c").held(lambda: (told.append("waited"), leave.set())):
+        assert told == ["waited"]
+    thread.join(10)
 
 
 def test_without_locks_nobody_waits_and_nothing_of_another_run_is_taken_away(tmp_path, monkeypatch):
@@ -162,7 +181,7 @@ def test_without_locks_nobody_waits_and_nothing_of_another_run_is_taken_away(tmp
         raise OSError(95, "Operation not supported")
 
     for fcntl in (None, SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=none_here)):
-        monkeypatch.setattr(cache_module, "fcntl", fcntl)
+        monkeypatch.setattr(aside, "fcntl", fcntl)
         with new_cache(tmp_path / "c").held():
             (tmp_path / "c" / ".new-1-00001.safetensors").write_bytes(b"another's")
             with new_cache(tmp_path / "c").held(lambda: pytest.fail("there is nothing to wait by")):

@@ -165,18 +165,11 @@ def test_the_header_states_the_prior_that_raw_logits_mean(chain, tmp_path, optio
 
 
 @pytest.mark.parametrize("loss, with_counts", [("softmax", True), ("balanced", False)])
-def test_the_prior_of_a_reweighed_classifier_follows_its_weights(chain, tmp_path, loss, with_counts):
-    folder = run("retrain", chain.pretrained, *FEW, "--meta-reweigher", "--loss", loss, "--out", tmp_path / "r")
-    weights = list(json.loads((folder / "rates.json").read_text())["rates"].values())
-    expected = [n * w for n, w in zip([32, 12, 5], weights, strict=True)] if with_counts else weights
-    assert read_header(folder / "model.safetensors").implied_log_prior == pytest.approx(log_share(expected), abs=1e-4)
-
-
-@pytest.mark.parametrize("loss, with_counts", [("softmax", True), ("balanced", False)])
-def test_the_prior_of_a_meta_sampled_classifier_follows_its_rates(chain, tmp_path, loss, with_counts):
-    folder = run("retrain", chain.pretrained, *FEW, "--meta-sampler", "--loss", loss, "--out", tmp_path / "r")
-    rates = list(json.loads((folder / "rates.json").read_text())["rates"].values())
-    expected = [n * r for n, r in zip([32, 12, 5], rates, strict=True)] if with_counts else rates
+@pytest.mark.parametrize("learner", ["--meta-reweigher", "--meta-sampler"])
+def test_the_prior_of_a_classifier_follows_what_was_learned_beside_it(chain, tmp_path, learner, loss, with_counts):
+    folder = run("retrain", chain.pretrained, *FEW, learner, "--loss", loss, "--out", tmp_path / "r")
+    learned = list(json.loads((folder / "rates.json").read_text())["rates"].values())
+    expected = [n * r for n, r in zip([32, 12, 5], learned, strict=True)] if with_counts else learned
     assert read_header(folder / "model.safetensors").implied_log_prior == pytest.approx(log_share(expected), abs=1e-4)
 
 

@@ -5,12 +5,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import BalmsError, ConfigError, DataError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: who meet there do their work twice
+    fcntl = None
 
 _ASIDE = ".new-"
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EIO}
@@ -119,6 +124,21 @@ def remove_half_written(folder: Path) -> None:
     for left in folder.glob(f"{_ASIDE}*"):
         with suppress(OSError):
             left.unlink()
+
+
+def lock(place: int | BinaryIO, waiting: Callable[[], None]) -> bool:
+    """Lock an open file or folder (a descriptor); where another process holds it call ``waiting``, which may raise instead of
+    waiting. The lock goes with the descriptor, however the process ends. False: there are no locks on this system."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        waiting()
+        fcntl.flock(place, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+        return False
+    return True
 
 
 def _umask() -> int:

@@ -23,12 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .aside import write_error
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs that make the same bank at once then write the same rows twice
-    fcntl = None
+from .aside import lock, write_error
 
 SHARD_ROWS = 2048
 _TENSOR = "features"
@@ -147,7 +142,7 @@ class BankFile:
         if self._held is None:
             return
         try:
-            if not fcntl:
+            if os.name == "nt":
                 self.release()  # Windows moves no open file
             os.replace(self.growing, self.target)
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -200,7 +195,7 @@ class BankFile:
         except FileNotFoundError:
             return False
         try:
-            _lock(held, waiting)
+            lock(held, waiting)
             ours = os.path.samestat(os.fstat(held.fileno()), os.stat(self.growing))
         except FileNotFoundError:
             ours = False
@@ -284,18 +279,6 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
-
-
-def _lock(file: BinaryIO, waiting: Callable[[], None]) -> None:
-    if not fcntl:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        waiting()
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks
-        return
 
 
 def _header(rows: int, features: int) -> bytes:

@@ -11,30 +11,25 @@ another one at the same cache waits for it, by a lock that the system takes off 
 Shapes: R regions, D features, V views.
 """
 
+import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..data.aside import remove_half_written, replace_file, write_error
+from ..data.aside import lock, remove_half_written, replace_file, write_error
 from ..data.bank import size_text
-from ..errors import DataError
+from ..engine.run_dir import check_place
+from ..errors import BalmsError, DataError
 from ..reporter import Reporter
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs that make the same cache at once then both write all of it
-    fcntl = None
-
 SHARD_VIEWS = 16
-_LOCK = "lock"
 _OPEN = 64  # shards held open
 _LARGEST = torch.finfo(torch.float16).max
 _SLACK = 4096  # bytes of a shard beside its rows, at most
@@ -100,18 +95,17 @@ class RegionCache:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / _LOCK).open("ab")
-        except OSError as error:
-            told = write_error(error, self.folder)
+            check_place(self.folder)
+        except (OSError, BalmsError) as error:
+            told = error if isinstance(error, BalmsError) else write_error(error, self.folder)
             raise type(told)(f"{told}, or leave out --cache") from None
-        with file:
-            if _locked(file, waiting):
-                remove_half_written(self.folder)
-            try:
-                yield
-            finally:
-                with suppress(OSError):  # Windows takes away no open file
-                    (self.folder / _LOCK).unlink()
+        with ExitStack() as held:
+            with suppress(OSError):  # Windows opens no folder
+                folder = os.open(self.folder, os.O_RDONLY)
+                held.callback(os.close, folder)
+                if lock(folder, waiting):
+                    remove_half_written(self.folder)
+            yield
 
     def write(self, number: int, views: list[Regions]) -> None:
         """A shard, from the regions of its views in order. Features above what float16 holds are cut to it."""
@@ -169,21 +163,6 @@ class RegionCache:
                 return places.tolist()
         except (OSError, SafetensorError):
             return None
-
-
-def _locked(file: BinaryIO, waiting: Callable[[], None]) -> bool:
-    """Wait for the lock on an open file, which goes with it. False: there are no locks on this system."""
-    if fcntl is None:
-        return False
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
 
 
 def fill(cache: RegionCache, shards: list[int], regions: Callable[[int], Regions], reporter: Reporter) -> None:

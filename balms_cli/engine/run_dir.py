@@ -11,20 +11,15 @@ import shlex
 import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
 from ..config import COMPUTING, STAGES, Resolved, resolve
-from ..data.aside import is_plain, printable, remove_half_written, replace_file, write_error
+from ..data.aside import is_plain, lock, printable, remove_half_written, replace_file, write_error
 from ..data.manifest import Manifest
 from ..errors import CheckpointError, ConfigError, DataError
 from .header import Header, read_header, sha256_of
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 MODEL, RATES, CONFIG, METRICS, RESUME, REPORT = (
     "model.safetensors", "rates.json", "config.toml", "metrics.jsonl", "resume.pt", "report.json")  # fmt: skip
@@ -79,17 +74,16 @@ class RunDir:
 
         The lock leaves no file and goes with the process, however that ends; where the system has none, none is held.
         """
+
+        def refuse() -> None:
+            raise ConfigError(f"another process is at work in {self.path}: wait for it, or choose another folder")
+
         with ExitStack() as held:
-            if fcntl is not None and self.writes:
-                try:
+            if self.writes:
+                with suppress(OSError):  # Windows opens no folder
                     folder = os.open(self.path, os.O_RDONLY)
                     held.callback(os.close, folder)
-                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    told = f"another process is at work in {self.path}: wait for it, or choose another folder"
-                    raise ConfigError(told) from None
-                except OSError:
-                    pass
+                    lock(folder, refuse)
             yield
 
     def recipe(self, stage: str) -> dict[str, Any] | None:
