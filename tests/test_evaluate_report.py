@@ -181,7 +181,7 @@ def test_of_several_processes_the_first_writes(chain, page, tmp_path):
         """Process 1 of 2, as far as an evaluation sees, with all rows for itself."""
 
         def agree(self, value):
-            return None
+            return None, None  # process 0 was not refused, and has nothing to hand out
 
         def rows(self, count, rank=None):
             return slice(0, count)

@@ -154,7 +154,7 @@ def test_process_0_alone_writes_and_all_stop_where_it_cannot(chain, tmp_path, mo
         refused = None
 
         def agree(self, value):
-            return self.refused
+            return self.refused, None
 
         def rows(self, count, rank=None):
             return slice(0, count)

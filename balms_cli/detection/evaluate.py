@@ -60,7 +60,7 @@ def run(config: DetectEvaluateConfig, files: list[Path], results: list[Path] | N
     reporter, results = reporter or Reporter(), results or []
     gates = [parse_gate(text) for text in config.require]
     if report is not None:
-        _by_main(lambda: check_folder(report, overwrite=overwrite), world)
+        world.by_main(lambda: check_folder(report, overwrite=overwrite))
     headers = [read_detect_header(file) for file in files]  # every input is refused before any is scored
     _check_save(save, len(files))
     if results and config.annotations is None:
@@ -92,13 +92,13 @@ def run(config: DetectEvaluateConfig, files: list[Path], results: list[Path] | N
                 told.append(for_report(path, header, one, found, truth, config, at_boxes, several=len(inputs) > 1))
             return one
 
-        scored.append(_by_main(finish, world))
+        scored.append(world.by_main(finish))
     show(scored, reporter)
     for gate in gates:
         for one in scored:
             gate.met_by(flat(one))  # an empty group is told before anything is printed or written as a result
     if report is not None:
-        _by_main(lambda: write_report(told, truth, photos, report, reporter, overwrite=overwrite), world)
+        world.by_main(lambda: write_report(told, truth, photos, report, reporter, overwrite=overwrite))
     return DetectEvaluation(scored)
 
 
@@ -169,20 +169,6 @@ def show(scored: list[dict[str, Any]], reporter: Reporter) -> None:
                        ["run", "all", "rare", "common", "frequent", "objects"],
                        [[name, *(percent(found[key]) for key in ("all", *GROUPS)), f"{found['objects']:,}"]
                         for name, found in with_boxes])  # fmt: skip
-
-
-def _by_main(finish, world: World) -> dict[str, Any]:
-    """What process 0 makes of it, in all of them: one scores, and where it fails all stop."""
-    problem, made = None, None
-    if world.main:
-        try:
-            made = finish()
-        except BalmsError as error:
-            problem = error
-    problem, made = world.agree((problem, made))
-    if problem is not None:
-        raise problem
-    return made
 
 
 def _annotations_of(config: DetectEvaluateConfig, header: DetectHeader | None) -> Path:

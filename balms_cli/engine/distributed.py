@@ -10,6 +10,7 @@ between CPUs, NCCL between GPUs). Process 0 alone writes and prints. To a single
 
 import gc
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import ConfigError, one_line
+from ..errors import BalmsError, ConfigError, one_line
 
 _PATIENCE = timedelta(days=1)
 STOP_STRIDE = 10  # steps between asking the others on a GPU, where an answer stalls the queue
@@ -78,6 +79,19 @@ class World:
         said = [value]
         dist.broadcast_object_list(said, src=0)
         return said[0]
+
+    def by_main(self, action: Callable[[], Any]) -> Any:
+        """What process 0 makes of ``action``, in all of them; where it is refused, all of them stop with that error."""
+        refused = made = None
+        if self.main:
+            try:
+                made = action()
+            except BalmsError as error:
+                refused = error
+        refused, made = self.agree((refused, made))
+        if refused is not None:
+            raise refused
+        return made
 
     def gather(self, part: Tensor, count: int) -> Tensor:
         """All ``count`` rows from the parts of ``rows``, in every process, in order."""

@@ -21,7 +21,7 @@ from ..engine.distributed import ALONE, World
 from ..engine.header import Header, read_header
 from ..engine.run_dir import manifest_of
 from ..engine.runtime import Runtime, setup, versions
-from ..errors import BalmsError, CheckpointError, DataError, GateError
+from ..errors import CheckpointError, DataError, GateError
 from ..metrics import Gate, Scores, summarise
 from ..metrics.calibration import calibration
 from ..metrics.intervals import accuracy_intervals
@@ -73,9 +73,9 @@ def run(config: EvaluateConfig, files: list[Path], data: Path | None = None, rep
     runtime = setup(config.device, config.precision)
     gates = [Gate.parse(text) for text in config.require]
     if report is not None:
-        _by_main(lambda: write.check_folder(report, overwrite=overwrite), world)
+        world.by_main(lambda: write.check_folder(report, overwrite=overwrite))
     if predictions is not None:
-        _by_main(lambda: check_file(predictions, overwrite=overwrite), world)
+        world.by_main(lambda: check_file(predictions, overwrite=overwrite))
     headers = [read_header(file) for file in files]  # every input is refused before any is scored
     manifests = [manifest_of(file, header, data) for header, file in zip(headers, files, strict=True)]
     for header, manifest, file in zip(headers, manifests, files, strict=True):
@@ -122,18 +122,6 @@ def hold_gates(config: EvaluateConfig, evaluation: Evaluation) -> None:
         raise GateError("; ".join(told))
 
 
-def _by_main(action: Callable[[], None], world: World) -> None:
-    """Process 0 acts for all of them; where it is refused, all of them stop."""
-    refused = None
-    if world.main:
-        try:
-            action()
-        except BalmsError as error:
-            refused = error
-    if refused := world.agree(refused):
-        raise refused
-
-
 @contextmanager
 def _predictions(file: Path | None, runs: list[str], classes: list[str], world: World) -> Iterator[Callable[..., None]]:
     """What :func:`_score` hands each run's raw logits to: they go into ``file``, where one is asked for."""
@@ -141,7 +129,7 @@ def _predictions(file: Path | None, runs: list[str], classes: list[str], world: 
         yield lambda *_: None
         return
     with writing(file, runs, classes) if world.main else nullcontext() as add:
-        yield lambda *of: _by_main(lambda: add(*of), world)
+        yield lambda *of: world.by_main(lambda: add(*of))
 
 
 def _check_same_classes(manifests: list[Manifest], files: list[Path]) -> None:
